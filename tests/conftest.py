@@ -1,0 +1,39 @@
+"""What every test shares: poisoned memory, fixed seeds, real scenes where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill every uninitialised tensor with NaN, so that no result can depend on one in silence."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def scenes() -> Path:
+    """The folder of real scenes; the test is skipped, with the reason, where it is not there."""
+    folder = Path(os.environ.get("FASTFUSION_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real scenes are not at {folder} (name their folder in FASTFUSION_DATA)")
+    return folder
