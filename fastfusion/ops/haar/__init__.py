@@ -1,0 +1,159 @@
+"""One level of the 2-D Haar wavelet transform, its inverse, and the split in two bands.
+
+The mathematics, the kernels and their costs: README.md in this folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastfusion.ops import checks
+from fastfusion.ops.haar import reference
+from fastfusion.ops.operator import Operator, image_like
+
+# Sums of four and a halving each: 4 outputs of (3 additions + 1 product) a 2x2 block.
+_FLOPS_A_BLOCK = 16
+
+
+def _halves(x: Any) -> tuple[int, int, int, int]:
+    batch, channels, rows, columns = x
+    return batch, channels, (rows + 1) // 2, (columns + 1) // 2
+
+
+def _blocks(x: Any) -> int:
+    batch, channels, rows, columns = _halves(x)
+    return batch * channels * rows * columns
+
+
+dwt = Operator(
+    "haar_dwt2d(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.haar_dwt2d,
+    fake=lambda x: tuple(image_like(x, _halves(x.shape)) for _ in range(4)),
+    flops=lambda x: _FLOPS_A_BLOCK * _blocks(x),
+    backward_flops=lambda x, wanted: _FLOPS_A_BLOCK * _blocks(x),
+    batched=("x",),
+    autocast="widest",
+)
+idwt = Operator(
+    "haar_idwt2d(Tensor ll, Tensor lh, Tensor hl, Tensor hh, SymInt rows, SymInt columns)"
+    " -> Tensor",
+    reference=reference.haar_idwt2d,
+    fake=lambda ll, lh, hl, hh, rows, columns: image_like(ll, (*ll.shape[:2], rows, columns)),
+    flops=lambda ll, *rest: _FLOPS_A_BLOCK * ll[0] * ll[1] * ll[2] * ll[3],
+    backward_flops=lambda ll, *rest, wanted: _FLOPS_A_BLOCK * ll[0] * ll[1] * ll[2] * ll[3],
+    batched=("ll", "lh", "hl", "hh"),
+    autocast="widest",
+)
+split = Operator(
+    "haar_split2d(Tensor x) -> (Tensor, Tensor)",
+    reference=reference.haar_split2d,
+    fake=lambda x: (image_like(x), image_like(x)),
+    flops=lambda x: 8 * _blocks(x),
+    backward_flops=lambda x, wanted: 12 * _blocks(x),
+    batched=("x",),
+    autocast="widest",
+)
+for _operator in (dwt, idwt, split):
+    _operator.add_cpp()
+
+
+def haar_dwt2d(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One level of the orthonormal 2-D Haar wavelet transform.
+
+    Equal to ``pywt.dwt2(x, "haar", mode="symmetric")``: ``cA, (cH, cV, cD)``.
+
+    Args:
+        x: ``(B, C, H, W)``, float32, float64, float16 or bfloat16.
+        backend: see :func:`fastfusion.backend`.
+
+    Returns:
+        ``ll, lh, hl, hh``, each ``(B, C, ceil(H/2), ceil(W/2))`` in the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: ``x`` is no such tensor.
+        RuntimeError: the backend asked for by name cannot run this.
+
+    >>> import torch
+    >>> ll, lh, hl, hh = haar_dwt2d(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]))
+    >>> [band.item() for band in (ll, lh, hl, hh)]
+    [5.0, -2.0, -1.0, 0.0]
+    """
+    checks.tensor("x", x, dims=4, shape="(B, C, H, W)")
+    return dwt(x, backend=backend)
+
+
+def haar_idwt2d(
+    ll: Tensor,
+    lh: Tensor,
+    hl: Tensor,
+    hh: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The inverse of :func:`haar_dwt2d`.
+
+    Args:
+        ll, lh, hl, hh: the four bands, each ``(B, C, h, w)``.
+        size: ``(H, W)`` of the image, each ``2h`` or ``2h - 1`` (which crops the row or column
+            that the transform of an odd image repeated); by default ``(2h, 2w)``.
+        backend: see :func:`fastfusion.backend`.
+
+    Returns:
+        ``(B, C, H, W)`` in the dtype of ``ll``.
+
+    Raises:
+        TypeError, ValueError: the bands differ in shape, dtype or device, or ``size`` does not fit.
+        RuntimeError: the backend asked for by name cannot run this.
+
+    >>> import torch
+    >>> x = torch.rand(1, 2, 5, 8)
+    >>> torch.allclose(haar_idwt2d(*haar_dwt2d(x), size=(5, 8)), x)
+    True
+    """
+    checks.tensor("ll", ll, dims=4, shape="(B, C, h, w)")
+    for name, band in (("lh", lh), ("hl", hl), ("hh", hh)):
+        checks.parameter(
+            name, band, tuple(ll.shape), shape="that of ll", like=ll, like_name="ll"
+        )
+    rows, columns = 2 * ll.shape[2], 2 * ll.shape[3]
+    if size is not None:
+        wanted = checks.pair("size", size, low=0)
+        for axis, want, full in (("H", wanted[0], rows), ("W", wanted[1], columns)):
+            if want > full or want < full - 1:
+                raise ValueError(
+                    f"size must have {axis} = {full} or {max(full - 1, 0)} for bands of shape "
+                    f"{tuple(ll.shape)}, got {tuple(wanted)}"
+                )
+        rows, columns = wanted
+    return idwt(ll, lh, hl, hh, rows, columns, backend=backend)
+
+
+def haar_split2d(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Split an image into its low and high Haar frequencies, at full size (SpeCAM's first step).
+
+    Args:
+        x: ``(B, C, H, W)``, float32, float64, float16 or bfloat16.
+        backend: see :func:`fastfusion.backend`.
+
+    Returns:
+        ``low, high``, each ``(B, C, H, W)``: ``low`` is the inverse transform of ``(ll, 0, 0, 0)``
+        cropped to the image, the mean of each 2x2 block; ``high = x - low``.
+
+    Raises:
+        TypeError, ValueError: ``x`` is no such tensor.
+        RuntimeError: the backend asked for by name cannot run this.
+
+    >>> import torch
+    >>> low, high = haar_split2d(torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]]))
+    >>> low.flatten().tolist(), high.flatten().tolist()
+    ([3.0, 3.0, 3.0, 3.0], [-2.0, -1.0, 0.0, 3.0])
+    """
+    checks.tensor("x", x, dims=4, shape="(B, C, H, W)")
+    return split(x, backend=backend)
+
+
+__all__ = ["haar_dwt2d", "haar_idwt2d", "haar_split2d"]
+

@@ -1,0 +1,59 @@
+"""The definition of the Haar transforms in plain PyTorch.
+
+One level of the orthonormal 2-D Haar wavelet with PyWavelets' symmetric extension: an odd last
+row or column is repeated. Of each 2x2 block ``[[a, b], [c, d]]``::
+
+    ll = (a + b + c + d) / 2      lh = (a + b - c - d) / 2
+    hl = (a - b + c - d) / 2      hh = (a - b - c + d) / 2
+
+(``lh``, ``hl``, ``hh`` are PyWavelets' horizontal, vertical and diagonal details.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LOW = (torch.float16, torch.bfloat16)
+
+
+def haar_dwt2d(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`fastfusion.ops.haar_dwt2d`."""
+    y = x.float() if x.dtype in LOW else x
+    rows, columns = y.shape[-2:]
+    if rows % 2 or columns % 2:
+        y = F.pad(y, (0, columns % 2, 0, rows % 2), mode="replicate")
+    a, b = y[..., 0::2, 0::2], y[..., 0::2, 1::2]
+    c, d = y[..., 1::2, 0::2], y[..., 1::2, 1::2]
+    ll = (a + b + c + d) / 2
+    lh = (a + b - c - d) / 2
+    hl = (a - b + c - d) / 2
+    hh = (a - b - c + d) / 2
+    return ll.to(x.dtype), lh.to(x.dtype), hl.to(x.dtype), hh.to(x.dtype)
+
+
+def haar_idwt2d(
+    ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, rows: int, columns: int
+) -> Tensor:
+    """See :func:`fastfusion.ops.haar_idwt2d`; the size is given."""
+    dtype = ll.dtype
+    if dtype in LOW:
+        ll, lh, hl, hh = ll.float(), lh.float(), hl.float(), hh.float()
+    a = (ll + lh + hl + hh) / 2
+    b = (ll + lh - hl - hh) / 2
+    c = (ll - lh + hl - hh) / 2
+    d = (ll - lh - hl + hh) / 2
+    above = torch.stack((a, b), dim=-1).flatten(-2)
+    below = torch.stack((c, d), dim=-1).flatten(-2)
+    x = torch.stack((above, below), dim=-2).flatten(-3, -2)
+    return x[..., :rows, :columns].to(dtype)
+
+
+def haar_split2d(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastfusion.ops.haar_split2d`."""
+    y = x.float() if x.dtype in LOW else x
+    ll = haar_dwt2d(y)[0]
+    zero = torch.zeros_like(ll)
+    low = haar_idwt2d(ll, zero, zero, zero, x.shape[-2], x.shape[-1])
+    return low.to(x.dtype), (y - low).to(x.dtype)

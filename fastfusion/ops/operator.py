@@ -1,0 +1,552 @@
+"""What an operator is, and the one place where operators are registered.
+
+An :class:`Operator` is a definition (plain PyTorch, differentiable) with a schema. From these it
+registers two ``torch.library`` ops, ``fastfusion::<name>`` and ``fastfusion::<name>_backward``,
+each with a fake kernel, a vmap rule, an autocast rule (the forward op) and a FLOP formula, and
+joins them by autograd. A backend is another way to compute the same two functions: a forward and
+a backward callable with the arguments of the schema, and ``why_not(*args)``, which gives None or
+the reason why it cannot take these arguments.
+
+The choice of the backend happens while the op runs, not while it is traced: the strongest wish is
+the argument ``backend=``, then :func:`backend` around the call, then ``FASTFUSION_BACKEND``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils.flop_counter import register_flop_formula
+
+from fastfusion import native
+
+log = logging.getLogger("fastfusion")
+
+NAMESPACE = "fastfusion"
+#: In the order in which "auto" tries them.
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+CHOICES = ("auto", *BACKENDS)
+
+OPERATORS: dict[str, Operator] = {}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_wished: ContextVar[str | None] = ContextVar("fastfusion_backend", default=None)
+
+Outputs = tuple[Tensor, ...]
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use one backend for every operator called in the block.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``, or ``"auto"``.
+
+    Raises:
+        TypeError, ValueError: ``name`` is not one of these.
+        RuntimeError: later, by a call in the block which that backend cannot run.
+
+    >>> import torch, fastfusion
+    >>> with fastfusion.backend("reference"):
+    ...     low, high = fastfusion.ops.haar_split2d(torch.ones(1, 1, 4, 4))
+    """
+    from fastfusion.ops import checks
+
+    checks.choice("name", name, CHOICES)
+    token = _wished.set(name)
+    try:
+        yield
+    finally:
+        _wished.reset(token)
+
+
+def wished_backend(argument: str) -> str:
+    """The backend asked for by the argument, the surrounding block or the environment."""
+    if argument != "auto":
+        return argument
+    block = _wished.get()
+    if block is not None:
+        return block
+    environment = os.environ.get("FASTFUSION_BACKEND", "auto")
+    if environment not in CHOICES:
+        raise ValueError(
+            f"FASTFUSION_BACKEND must be one of {', '.join(CHOICES)}, got {environment!r}"
+        )
+    return environment
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """channels_last for an image stored so (and not contiguous as well), else contiguous."""
+    if (
+        x.dim() == 4
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def image_like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised tensor in the layout of ``x``, of its own or another shape."""
+    return x.new_empty(x.shape if shape is None else tuple(shape)).to(memory_format=layout_of(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way to compute an operator. ``backward`` is None where there is only a forward."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    why_not: Callable[..., str | None]
+
+
+class Operator:
+    """An operator: its definition, its schema, its backends.
+
+    Args:
+        schema: ``"name(Tensor x, ...) -> Tensor"``, tensors first. A trailing ``str backend`` is
+            added. Tensors may be optional; lists of tensors are not allowed.
+        reference: the definition, differentiable PyTorch with the arguments of the schema.
+        fake: the same arguments to uninitialised outputs of the right shape and layout.
+        flops: the same arguments to the forward FLOPs, with shapes in the place of tensors.
+        backward_flops: to the FLOPs of the backward op; ``mask`` says which gradients are wanted.
+        batched: the tensor arguments whose first dimension is the batch; all outputs have it too.
+        autocast: ``"lower"`` casts to autocast's dtype, ``"float32"`` up, ``"widest"`` to the
+            widest dtype among the arguments.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        flops: Callable[..., int],
+        backward_flops: Callable[..., int],
+        batched: tuple[str, ...],
+        autocast: Literal["lower", "float32", "widest"],
+    ) -> None:
+        head, _, returns = schema.partition(" -> ")
+        self.schema = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
+        self.name = self.schema.name.removeprefix(f"{NAMESPACE}::")
+        self.reference = reference
+        self.fake = fake
+        self.flops = flops
+        self.backward_flops = backward_flops
+        self.batched = batched
+        self.autocast = autocast
+        self.argument_names = [argument.name for argument in self.schema.arguments]
+        self.tensors = [
+            index
+            for index, argument in enumerate(self.schema.arguments)
+            if "Tensor" in str(argument.type)
+        ]
+        self.outputs = len(self.schema.returns)
+        self.backends: dict[str, Backend] = {
+            "reference": Backend(reference, self._reference_backward, lambda *args: None)
+        }
+        self._define(head, returns)
+        OPERATORS[self.name] = self
+
+    # -- backends ------------------------------------------------------------------------------
+
+    def add_backend(
+        self,
+        name: str,
+        *,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any] | None,
+        why_not: Callable[..., str | None],
+    ) -> None:
+        """Add another way to compute this operator."""
+        self.backends[name] = Backend(forward, backward, why_not)
+
+    def add_cpp(self, why_not: Callable[..., str | None] = lambda *args: None) -> None:
+        """Add the kernels of the compiled CPU library under this operator's name.
+
+        ``why_not`` speaks of the arguments alone: that the library is there, holds the kernel and
+        that the tensors are on the CPU is checked before.
+        """
+
+        def reason(*args: Any) -> str | None:
+            missing = native.why_not(native.CPU)
+            if missing is not None:
+                return missing
+            if not native.has_kernel(native.CPU, self.name):
+                return f"the compiled CPU library has no kernel for {self.name}"
+            if args[0].device.type != "cpu":
+                return f"its kernels run on CPU tensors, got {args[0].device}"
+            return why_not(*args)
+
+        self.add_backend(
+            "cpp",
+            forward=lambda *args: native.kernel(native.CPU, self.name)(*args),
+            backward=lambda *args: native.kernel(native.CPU, f"{self.name}_backward")(*args),
+            why_not=reason,
+        )
+
+    def why_not(self, name: str, *args: Any) -> str | None:
+        """None when the backend can compute this operator on these arguments, else the reason."""
+        if name not in self.backends:
+            return f"no {name} kernel is written for {self.name} yet"
+        return self.backends[name].why_not(*args)
+
+    def choose(self, wish: str, *args: Any) -> Backend:
+        """The backend to run, by the rules of the module's head."""
+        wish = wished_backend(wish)
+        if wish != "auto":
+            reason = self.why_not(wish, *args)
+            if reason is not None:
+                raise RuntimeError(f"{self.name}: backend {wish!r} cannot run this: {reason}")
+            return self.backends[wish]
+        for name in BACKENDS:
+            reason = self.why_not(name, *args)
+            if reason is None:
+                return self.backends[name]
+            log.debug("%s: not %s: %s", self.name, name, reason)
+        raise AssertionError("the reference backend takes everything")
+
+    # -- calling -------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, backend: str = "auto") -> Any:
+        """Run the op; the arguments are checked by the public function, the backend's name here."""
+        if backend not in CHOICES:
+            from fastfusion.ops import checks
+
+            checks.choice("backend", backend, CHOICES)
+        return self.op(*args, backend)
+
+    def __repr__(self) -> str:
+        return f"Operator({self.name}, backends={list(self.backends)})"
+
+    # -- the two ops ---------------------------------------------------------------------------
+
+    def _define(self, head: str, returns: str) -> None:
+        name, _, arguments = head.partition("(")
+        arguments = arguments.removesuffix(")")
+        _library.define(f"{name}({arguments}, str backend) -> {returns}")
+        grads = ", ".join(f"Tensor grad_{index}" for index in range(self.outputs))
+        gradients = ", ".join(["Tensor"] * len(self.tensors))
+        gradients = f"({gradients})" if len(self.tensors) > 1 else gradients
+        _library.define(
+            f"{name}_backward({grads}, {arguments}, bool[] mask, str backend) -> {gradients}"
+        )
+        self.op = getattr(torch.ops.fastfusion, name).default
+        self.backward_op = getattr(torch.ops.fastfusion, f"{name}_backward").default
+
+        _library.impl(name, self._forward, "CompositeExplicitAutograd")
+        _library.impl(f"{name}_backward", self._backward, "CompositeExplicitAutograd")
+        for qualified, fake in (
+            (f"{NAMESPACE}::{name}", lambda *args: self.fake(*args[:-1])),
+            (f"{NAMESPACE}::{name}_backward", self._fake_backward),
+        ):
+            torch.library.register_fake(qualified, fake, lib=_library)
+        for op, derivative in (
+            (self.op, self._differentiate),
+            (self.backward_op, self._differentiate_twice),
+        ):
+            kernel = _autograd_kernel(op, self._save, derivative)
+            _library.impl(op.overloadpacket.__name__, kernel, "Autograd", with_keyset=True)
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", self._vmap, lib=_library)
+        torch.library.register_vmap(
+            f"{NAMESPACE}::{name}_backward", self._vmap_backward, lib=_library
+        )
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, self._autocast_rule(device), f"Autocast{device}")
+        register_flop_formula(self.op.overloadpacket)(self._count)
+        register_flop_formula(self.backward_op.overloadpacket)(self._count_backward)
+
+    def _forward(self, *args: Any) -> Any:
+        *args, wish = args  # type: ignore[assignment]
+        if self._empty(args):
+            return _map(torch.zeros_like, self.fake(*args))
+        result = self.choose(wish, *args).forward(*args)
+        return _conform(result, _layout_if_image(args[0], result), args)
+
+    def _backward(self, *args: Any) -> Any:
+        *args, mask, wish = args  # type: ignore[assignment]
+        grads, inputs = args[: self.outputs], args[self.outputs :]
+        shapes = self._fake_backward(*args, mask, wish)
+        if self._empty(inputs) or not any(mask):
+            return _map(torch.zeros_like, shapes)
+        chosen = self.choose(wish, *inputs)
+        if chosen.backward is None:
+            raise RuntimeError(f"{self.name}: the backend has no backward kernel")
+        result = chosen.backward(*grads, *inputs, mask)
+        return _conform(result, _map(layout_of, shapes), args)
+
+    def _fake_backward(self, *args: Any) -> Any:
+        *args, mask, _ = args  # type: ignore[assignment]
+        inputs = args[self.outputs :]
+        found = []
+        for index, wanted in zip(self.tensors, mask, strict=True):
+            value = inputs[index]
+            if not wanted:
+                found.append(args[0].new_empty(0))
+            elif self.argument_names[index] in self.batched:
+                found.append(image_like(value))
+            else:
+                found.append(value.new_empty(value.shape))
+        return tuple(found) if len(found) > 1 else found[0]
+
+    def _reference_backward(self, *args: Any) -> Any:
+        """The vector-Jacobian product of the definition, by autograd."""
+        *args, mask = args  # type: ignore[assignment]
+        grads, inputs = args[: self.outputs], list(args[self.outputs :])
+        wanted = [index for index, needed in zip(self.tensors, mask, strict=True) if needed]
+        # Ops below autograd see no graph of their caller: build one here, for the definition.
+        with torch.enable_grad(), _autograd_on():
+            for index in wanted:
+                inputs[index] = inputs[index].detach().requires_grad_()
+            outputs = _as_tuple(self.reference(*inputs))
+            found = torch.autograd.grad(
+                outputs, [inputs[index] for index in wanted], grads, materialize_grads=True
+            )
+        gradients = dict(zip(wanted, found, strict=True))
+        filled = tuple(
+            gradients[index].detach() if index in gradients else grads[0].new_empty(0)
+            for index in self.tensors
+        )
+        return filled if len(filled) > 1 else filled[0]
+
+    def _empty(self, inputs: Sequence[Any]) -> bool:
+        """Whether there is nothing to compute: an image with no pixel or a batch with no image."""
+        return any(
+            inputs[index].numel() == 0
+            for index in self.tensors
+            if self.argument_names[index] in self.batched
+        )
+
+    # -- autograd ------------------------------------------------------------------------------
+
+    @staticmethod
+    def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+        *args, wish = inputs
+        ctx.wish = wished_backend(wish)
+        ctx.template = [None if isinstance(value, Tensor) else value for value in args]
+        ctx.places = [index for index, value in enumerate(args) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*(args[index] for index in ctx.places))
+
+    @staticmethod
+    def _saved(ctx: Any) -> list[Any]:
+        args = list(ctx.template)
+        for index, value in zip(ctx.places, ctx.saved_tensors, strict=True):
+            args[index] = value
+        return args
+
+    def _differentiate(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        args = self._saved(ctx)
+        mask = [
+            bool(ctx.needs_input_grad[index + 1]) and args[index] is not None for index in self.tensors
+        ]
+        found = _as_tuple(self.backward_op(*grads, *args, mask, ctx.wish))
+        result: list[Tensor | None] = [None] * (len(args) + 1)
+        for index, wanted, gradient in zip(self.tensors, mask, found, strict=True):
+            if wanted:
+                result[index] = gradient
+        return tuple(result)
+
+    def _differentiate_twice(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the backward op: that of the definition's, by autograd, twice."""
+        *args, mask = self._saved(ctx)
+        result: list[Tensor | None] = [None] * (len(args) + 2)
+        wanted = [index for index, needed in zip(self.tensors, mask, strict=True) if needed]
+        seeds = [grad for grad, needed in zip(grads, mask, strict=True) if needed]
+        with torch.enable_grad():
+            args = [
+                value.detach().requires_grad_() if isinstance(value, Tensor) else value
+                for value in args
+            ]
+            leaves = [index for index, value in enumerate(args) if isinstance(value, Tensor)]
+            upstream, inputs = args[: self.outputs], args[self.outputs :]
+            outputs = _as_tuple(self.reference(*inputs))
+            first = torch.autograd.grad(
+                outputs,
+                [inputs[index] for index in wanted],
+                upstream,
+                create_graph=True,
+                materialize_grads=True,
+            )
+            # A gradient that depends on nothing (a linear operator's) has no graph to follow.
+            followed = [(g, s) for g, s in zip(first, seeds, strict=True) if g.requires_grad]
+            if followed:
+                found = torch.autograd.grad(
+                    [g for g, _ in followed],
+                    [args[index] for index in leaves],
+                    [s for _, s in followed],
+                    allow_unused=True,
+                )
+                for index, gradient in zip(leaves, found, strict=True):
+                    result[index] = gradient
+        return tuple(result)
+
+    # -- vmap ----------------------------------------------------------------------------------
+
+    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """Fold the mapped dimension into the batch, or loop where a parameter is mapped."""
+        mapped = [index for index, dim in enumerate(in_dims) if isinstance(dim, int)]
+        if any(self.argument_names[index] not in self.batched for index in mapped):
+            return self._loop(self.op, info.batch_size, in_dims, args)
+        folded = list(args)
+        for index in self.tensors:
+            value, dim = args[index], in_dims[index]
+            if value is None or self.argument_names[index] not in self.batched:
+                continue
+            value = (
+                value.movedim(dim, 0)
+                if dim is not None
+                else value.expand(info.batch_size, *value.shape)
+            )
+            folded[index] = value.flatten(0, 1)
+        result = self.op(*folded)
+        unfolded = _map(lambda y: y.unflatten(0, (info.batch_size, -1)), result)
+        return unfolded, _map(lambda y: 0, result)
+
+    def _vmap_backward(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        # Gradients of parameters are sums over the batch, so the batch cannot take the dimension.
+        return self._loop(self.backward_op, info.batch_size, in_dims, args)
+
+    @staticmethod
+    def _loop(
+        op: Callable[..., Any], count: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        rows = [
+            _as_tuple(
+                op(
+                    *(
+                        value.select(dim, row) if isinstance(dim, int) else value
+                        for value, dim in zip(args, in_dims, strict=True)
+                    )
+                )
+            )
+            for row in range(count)
+        ]
+        stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        if len(stacked) == 1:
+            return stacked[0], 0
+        return stacked, (0,) * len(stacked)
+
+    # -- autocast ------------------------------------------------------------------------------
+
+    def _autocast_rule(self, device: str) -> Callable[..., Any]:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device}")
+
+        def cast_and_call(*args: Any) -> Any:
+            tensors = [args[index] for index in self.tensors if args[index] is not None]
+            if self.autocast == "lower":
+                dtype = torch.get_autocast_dtype(device.lower())
+            elif self.autocast == "float32":
+                dtype = torch.float32
+            else:
+                dtype = tensors[0].dtype
+                for value in tensors[1:]:
+                    dtype = torch.promote_types(dtype, value.dtype)
+            # float64 is asked for on purpose: autocast leaves it alone, and so does this rule.
+            if any(value.dtype == torch.float64 for value in tensors):
+                dtype = torch.float64
+            cast = [value.to(dtype) if isinstance(value, Tensor) else value for value in args]
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return self.op(*cast)
+
+        return cast_and_call
+
+    # -- FLOPs ---------------------------------------------------------------------------------
+
+    def _count(self, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return int(self.flops(*args[:-1]))
+
+    def _count_backward(self, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        *args, mask, _ = args  # type: ignore[assignment]
+        wanted = {
+            self.argument_names[index]
+            for index, needed in zip(self.tensors, mask, strict=True)
+            if needed
+        }
+        return int(self.backward_flops(*args[self.outputs :], wanted=wanted))
+
+
+# -- small helpers -----------------------------------------------------------------------------
+
+
+def _autograd_kernel(
+    op: Any, save: Callable[..., None], derivative: Callable[..., tuple[Tensor | None, ...]]
+) -> Callable[..., Any]:
+    """The op's kernel for autograd: what ``torch.library.register_autograd`` makes, and more.
+
+    That one cannot be used under ``torch.func.grad``, because it goes through the public
+    ``autograd.Function``, which insists on handling all levels of ``torch.func`` itself. Here the
+    dispatcher has already brought the call to one level, so a function of a single level is right.
+    """
+
+    class Node(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            save(ctx, args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return None, *derivative(ctx, *grads)
+
+    Node.__name__ = Node.__qualname__ = f"{op.overloadpacket.__name__}_autograd"
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            with enable_single_level_autograd_function():
+                return Node.apply(keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+def _autograd_on() -> contextlib.AbstractContextManager[None]:
+    """Let autograd record again inside an op's implementation, which runs below it."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    return torch._C._SetExcludeDispatchKeyGuard(key, False)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(function(item) for item in value)
+    return function(value)
+
+
+def _layout_if_image(x: Tensor, result: Any) -> Any:
+    """Images keep the layout of the input image; anything else is contiguous."""
+    layout = layout_of(x)
+    return _map(lambda y: layout if y.dim() == 4 else torch.contiguous_format, result)
+
+
+def _conform(result: Any, layouts: Any, inputs: Sequence[Any]) -> Any:
+    """Give the result the promised layout, and memory of its own."""
+    taken = {
+        value.untyped_storage().data_ptr()
+        for value in inputs
+        if isinstance(value, Tensor) and value.numel()
+    }
+    conformed = []
+    for value, layout in zip(_as_tuple(result), _as_tuple(layouts), strict=True):
+        value = value.contiguous(memory_format=layout)
+        if value.numel():
+            pointer = value.untyped_storage().data_ptr()
+            if pointer in taken:
+                value = value.clone(memory_format=layout)
+                pointer = value.untyped_storage().data_ptr()
+            taken.add(pointer)
+        conformed.append(value)
+    return tuple(conformed) if isinstance(result, (tuple, list)) else conformed[0]
