@@ -52,9 +52,11 @@ def kernel(library: str, operator: str):
     return getattr(getattr(torch.ops, f"fastfusion_{library}"), operator).default
 
 
-def has_kernel(library: str, operator: str) -> bool:
-    """Whether the loaded library holds a kernel for the operator."""
-    return hasattr(getattr(torch.ops, f"fastfusion_{library}"), operator)
+def holds(library: str, operator: str) -> bool:
+    """Whether the library can be loaded and holds a kernel for the operator."""
+    return why_not(library) is None and hasattr(
+        getattr(torch.ops, f"fastfusion_{library}"), operator
+    )
 
 
 def capability() -> str:

@@ -181,7 +181,7 @@ class Operator:
             missing = native.why_not(native.CPU)
             if missing is not None:
                 return missing
-            if not native.has_kernel(native.CPU, self.name):
+            if not native.holds(native.CPU, self.name):
                 return f"the compiled CPU library has no kernel for {self.name}"
             if args[0].device.type != "cpu":
                 return f"its kernels run on CPU tensors, got {args[0].device}"
@@ -346,7 +346,8 @@ class Operator:
     def _differentiate(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         args = self._saved(ctx)
         mask = [
-            bool(ctx.needs_input_grad[index + 1]) and args[index] is not None for index in self.tensors
+            bool(ctx.needs_input_grad[index + 1]) and args[index] is not None
+            for index in self.tensors
         ]
         found = _as_tuple(self.backward_op(*grads, *args, mask, ctx.wish))
         result: list[Tensor | None] = [None] * (len(args) + 1)

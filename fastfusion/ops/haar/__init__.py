@@ -115,9 +115,7 @@ def haar_idwt2d(
     """
     checks.tensor("ll", ll, dims=4, shape="(B, C, h, w)")
     for name, band in (("lh", lh), ("hl", hl), ("hh", hh)):
-        checks.parameter(
-            name, band, tuple(ll.shape), shape="that of ll", like=ll, like_name="ll"
-        )
+        checks.parameter(name, band, tuple(ll.shape), shape="that of ll", like=ll, like_name="ll")
     rows, columns = 2 * ll.shape[2], 2 * ll.shape[3]
     if size is not None:
         wanted = checks.pair("size", size, low=0)
@@ -156,4 +154,3 @@ def haar_split2d(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
 
 
 __all__ = ["haar_dwt2d", "haar_idwt2d", "haar_split2d"]
-

@@ -33,9 +33,7 @@ def haar_dwt2d(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ll.to(x.dtype), lh.to(x.dtype), hl.to(x.dtype), hh.to(x.dtype)
 
 
-def haar_idwt2d(
-    ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, rows: int, columns: int
-) -> Tensor:
+def haar_idwt2d(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, rows: int, columns: int) -> Tensor:
     """See :func:`fastfusion.ops.haar_idwt2d`; the size is given."""
     dtype = ll.dtype
     if dtype in LOW:
