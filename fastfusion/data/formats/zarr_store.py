@@ -1,0 +1,87 @@
+"""Zarr (a folder of compressed chunks) for scenes larger than memory; bands first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastfusion._optional import need
+from fastfusion.data.cube import Cube
+from fastfusion.data.formats.stored import (
+    READING_KEYS,
+    WAVELENGTH_NAMES,
+    Stored,
+    arrange,
+    pick_variable,
+)
+
+#: Pixels along a chunk's side: 2 MB for 31 float32 bands, so that a tile of a scene touches little.
+CHUNK_SIDE = 128
+#: Marks stores in which a chunk that is not there is a loss, not a chunk of fill values.
+COMPLETE = "every_chunk_stored"
+
+
+def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
+    zarr = need("zarr", extra="io", purpose="reading zarr stores")
+    array = zarr.open(path, mode="r")
+    beside = dict(array.attrs)
+    if isinstance(array, zarr.Group):
+        arrays = dict(array.arrays())
+        shapes = {name: item.shape for name, item in arrays.items()}
+        types = {name: item.dtype for name, item in arrays.items()}
+        variable = pick_variable(shapes, types, variable)
+        beside.update({key: arrays[key][...] for key in WAVELENGTH_NAMES if key in arrays})
+        array = arrays[variable]
+        beside.update(array.attrs)
+    elif variable is not None:
+        raise ValueError("the store is a single array; leave variable= out")
+    if array.attrs.get(COMPLETE) and array.nchunks_initialized < array.nchunks:
+        raise ValueError(
+            f"only {array.nchunks_initialized} of its {array.nchunks} chunks are there: "
+            "copy it anew"
+        )
+    metadata = {"variable": variable} if variable else {}
+    stored = arrange(array, bands_axis, convention=0, beside=beside, **metadata)
+    stored.metadata = {**beside.get("metadata", {}), **stored.metadata}
+    return stored
+
+
+def save(path: Path, cube: Cube) -> None:
+    """Fill the empty folder ``path``, a row of chunks in memory at a time."""
+    zarr = need("zarr", extra="io", purpose="writing zarr stores")
+    bands, rows, columns = cube.shape
+    attributes: dict[str, Any] = {COMPLETE: True, "metadata": _as_json(cube.metadata)}
+    if cube.wavelengths is not None:
+        attributes["wavelengths"] = cube.wavelengths.tolist()
+    array = zarr.create_array(
+        path,
+        shape=cube.shape,
+        dtype=cube.data.dtype.newbyteorder("="),
+        chunks=(bands, min(rows, CHUNK_SIDE), min(columns, CHUNK_SIDE)),
+        dimension_names=("band", "row", "column"),
+        attributes=attributes,
+        config={"write_empty_chunks": True},
+    )
+    for row in range(0, rows, CHUNK_SIDE):
+        array[:, row : row + CHUNK_SIDE] = np.asarray(cube.data[:, row : row + CHUNK_SIDE])
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a zarr store, of format 3 or 2."""
+    return any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup"))
+
+
+def _as_json(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The entries that JSON can hold, without those that tell how another file was read."""
+    kept = {}
+    for key, value in metadata.items():
+        if key in READING_KEYS:
+            continue
+        try:
+            kept[key] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            continue
+    return kept
