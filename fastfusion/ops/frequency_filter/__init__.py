@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastfusion.ops import checks
 from fastfusion.ops.frequency_filter import reference
+from fastfusion.ops.frequency_filter.reference import inverse_half_spectrum
 from fastfusion.ops.operator import Operator, image_like
 
 PADDING_MODES = ("zeros", "circular")
@@ -183,4 +184,4 @@ def frequency_response2d(
     return response(x, mixing, kernel, mixing_bias, backend=backend)
 
 
-__all__ = ["frequency_filter2d", "frequency_response2d"]
+__all__ = ["frequency_filter2d", "frequency_response2d", "inverse_half_spectrum"]
