@@ -20,9 +20,14 @@ CUDA = "cuda"
 
 
 def library_path(name: str) -> Path | None:
-    """The compiled library ``_C_<name>`` inside the package, or None where there is none."""
-    found = sorted(PACKAGE.glob(f"_C_{name}*.so"))
-    return found[0] if found else None
+    """The compiled library ``_C_<name>``, or None where there is none.
+
+    It lies inside the package, or in the folder that ``FASTFUSION_LIBRARY_DIR`` names, which is
+    asked first.
+    """
+    named = os.environ.get("FASTFUSION_LIBRARY_DIR")
+    folders = [Path(named), PACKAGE] if named else [PACKAGE]
+    return next((path for folder in folders for path in sorted(folder.glob(f"_C_{name}*.so"))), None)
 
 
 @functools.cache

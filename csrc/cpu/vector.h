@@ -1,0 +1,213 @@
+// Vectors of the width of the instruction set that the file is compiled for: loads and stores of
+// every element type, fused multiply-add and elementary functions. Everything here is also right
+// on an instruction set that has none of this in hardware.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FF_INLINE inline __attribute__((always_inline))
+
+namespace fastfusion::FF_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+// A vector of float, double or an integer type; arithmetic and comparisons are the compiler's.
+template <typename A>
+using Vector = typename VectorOf<A>::type;
+// How many of them it holds.
+template <typename A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+using VectorF = Vector<float>;
+using VectorD = Vector<double>;
+using VectorI = Vector<int32_t>;
+using VectorU = Vector<uint32_t>;
+
+template <typename To, typename From>
+FF_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename A>
+FF_INLINE Vector<A> broadcast(A value) {
+  return value - Vector<A>{};
+}
+
+// a * b + c; one rounding where the instruction set has it (the build allows contraction).
+template <typename V>
+FF_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+template <typename V>
+FF_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+template <typename V>
+FF_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+// -- one value ------------------------------------------------------------------------------------
+
+FF_INLINE float widen(float x) { return x; }
+FF_INLINE double widen(double x) { return x; }
+FF_INLINE float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+FF_INLINE float widen(Half x) {
+  // Shift exponent and fraction into place and rescale, which makes subnormal numbers right as
+  // well; infinity and NaN need the largest exponent instead.
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, rest = uint32_t{x.bits & 0x7fffu} << 13;
+  const float scaled = bit_cast<float>(rest) * 0x1p112f;
+  const uint32_t special = rest >= 0x0f800000u ? 0x7f800000u : 0u;
+  return bit_cast<float>(sign | special | bit_cast<uint32_t>(scaled));
+}
+
+template <typename T>
+FF_INLINE T narrow(Accumulator<T> x);
+template <>
+FF_INLINE float narrow<float>(float x) {
+  return x;
+}
+template <>
+FF_INLINE double narrow<double>(double x) {
+  return x;
+}
+template <>
+FF_INLINE BFloat16 narrow<BFloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+FF_INLINE Half narrow<Half>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u;
+  const uint32_t size = bits & 0x7fffffffu;
+  uint32_t half;
+  if (size > 0x7f800000u) {
+    half = 0x7e00;  // NaN
+  } else if (size >= 0x477ff000u) {
+    half = 0x7c00;  // at least 65520, which rounds to infinity
+  } else if (size < 0x38800000u) {
+    // Below 2^-14: adding 1/2 leaves the multiples of 2^-24, rounded to even, in the last bits.
+    half = bit_cast<uint32_t>(bit_cast<float>(size) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+// -- loads and stores -----------------------------------------------------------------------------
+
+// Load kLanes<Accumulator<T>> elements from any address.
+template <typename T>
+FF_INLINE Vector<Accumulator<T>> load(const T* from) {
+  using A = Accumulator<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    Vector<A> v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+  } else {
+#if defined(__AVX512F__)
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if constexpr (std::is_same_v<T, Half>) return bit_cast<VectorF>(_mm512_cvtph_ps(bits));
+    return bit_cast<VectorF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(__AVX2__)
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    if constexpr (std::is_same_v<T, Half>) return bit_cast<VectorF>(_mm256_cvtph_ps(bits));
+    return bit_cast<VectorF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+    VectorF v;
+    for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = widen(from[lane]);
+    return v;
+#endif
+  }
+}
+
+template <typename T>
+FF_INLINE void store(T* to, Vector<Accumulator<T>> v) {
+  using A = Accumulator<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(to, &v, sizeof(v));
+  } else if constexpr (std::is_same_v<T, Half>) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow<Half>(v[lane]);
+#endif
+  } else {
+    const VectorU bits = bit_cast<VectorU>(v);
+    VectorU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    rounded = v == v ? rounded : VectorU{} + 0x7fc0u;
+    typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+    const Narrow result = __builtin_convertvector(rounded, Narrow);
+    std::memcpy(to, &result, sizeof(result));
+  }
+}
+
+// Load or store the first `count` elements only (0 to kLanes); the other lanes are zero.
+template <typename T>
+FF_INLINE Vector<Accumulator<T>> load(const T* from, int count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return bit_cast<VectorF>(_mm512_maskz_loadu_ps((1u << count) - 1u, from));
+  if constexpr (std::is_same_v<T, double>)
+    return bit_cast<VectorD>(_mm512_maskz_loadu_pd((1u << count) - 1u, from));
+#endif
+  T padded[kLanes<Accumulator<T>>] = {};
+  std::memcpy(padded, from, sizeof(T) * count);
+  return load(padded);
+}
+
+template <typename T>
+FF_INLINE void store(T* to, Vector<Accumulator<T>> v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(to, (1u << count) - 1u, bit_cast<__m512>(v));
+  if constexpr (std::is_same_v<T, double>)
+    return _mm512_mask_storeu_pd(to, (1u << count) - 1u, bit_cast<__m512d>(v));
+#endif
+  T padded[kLanes<Accumulator<T>>];
+  store(padded, v);
+  std::memcpy(to, padded, sizeof(T) * count);
+}
+
+// The sum of all lanes, in a fixed order.
+template <typename A>
+FF_INLINE A sum_lanes(const A* lanes, int count) {
+  A sum = 0;
+  for (int lane = 0; lane < count; ++lane) sum += lanes[lane];
+  return sum;
+}
+FF_INLINE float sum(VectorF v) {
+  return sum_lanes(reinterpret_cast<const float*>(&v), kLanes<float>);
+}
+FF_INLINE double sum(VectorD v) {
+  return sum_lanes(reinterpret_cast<const double*>(&v), kLanes<double>);
+}
+
+}  // namespace fastfusion::FF_CAPABILITY
