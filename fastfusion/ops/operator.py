@@ -178,11 +178,9 @@ class Operator:
         """
 
         def reason(*args: Any) -> str | None:
-            missing = native.why_not(native.CPU)
+            missing = self.why_no_cpp()
             if missing is not None:
                 return missing
-            if not native.holds(native.CPU, self.name):
-                return f"the compiled CPU library has no kernel for {self.name}"
             if args[0].device.type != "cpu":
                 return f"its kernels run on CPU tensors, got {args[0].device}"
             return why_not(*args)
@@ -193,6 +191,13 @@ class Operator:
             backward=lambda *args: native.kernel(native.CPU, f"{self.name}_backward")(*args),
             why_not=reason,
         )
+
+    def why_no_cpp(self) -> str | None:
+        """None when the compiled CPU library is there and holds this operator's kernels."""
+        missing = native.why_not(native.CPU)
+        if missing is None and not native.holds(native.CPU, self.name):
+            missing = f"the compiled CPU library has no kernel for {self.name}"
+        return missing
 
     def why_not(self, name: str, *args: Any) -> str | None:
         """None when the backend can compute this operator on these arguments, else the reason."""

@@ -26,10 +26,11 @@ def haar_dwt2d(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y = F.pad(y, (0, columns % 2, 0, rows % 2), mode="replicate")
     a, b = y[..., 0::2, 0::2], y[..., 0::2, 1::2]
     c, d = y[..., 1::2, 0::2], y[..., 1::2, 1::2]
-    ll = (a + b + c + d) / 2
-    lh = (a + b - c - d) / 2
-    hl = (a - b + c - d) / 2
-    hh = (a - b - c + d) / 2
+    # In this order the details of a repeated row or column are exactly 0.
+    ll = ((a + b) + (c + d)) / 2
+    lh = ((a - c) + (b - d)) / 2
+    hl = ((a - b) + (c - d)) / 2
+    hh = ((a - b) - (c - d)) / 2
     return ll.to(x.dtype), lh.to(x.dtype), hl.to(x.dtype), hh.to(x.dtype)
 
 

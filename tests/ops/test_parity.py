@@ -1,0 +1,174 @@
+"""Every backend of every operator against the float64 reference, over one matrix.
+
+The axes: the operator's cases (odd sizes, sizes 1, every option), dtype, layout of the images
+(contiguous, channels_last, strided, expanded, at an offset), threads. The backends that cannot
+run here are skipped, with their reason.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastfusion.ops.operator import BACKENDS, OPERATORS
+from tests.closeness import assert_close, relative_error
+from tests.ops.cases import CASES, FIRST, Case
+
+LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "expanded", "offset")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values (those of the first image for "expanded") in another layout in memory."""
+    if layout == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "expanded":
+        return x[:1].clone().expand_as(x)
+    if layout == "offset":
+        flat = x.new_full((x.numel() + 3,), float("nan"))
+        flat[3:] = x.reshape(-1)
+        return flat[3:].view(x.shape)
+    return x.contiguous()
+
+
+def run(
+    case: Case, tensors: dict[str, Tensor], backend: str, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The outputs and the gradients of a fixed random functional of them."""
+    inputs = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    outputs = case.outputs(inputs, backend)
+    generator = torch.Generator().manual_seed(7)
+    seeds = [
+        torch.randn(y.shape, generator=generator).to(torch.bfloat16).to(dtype) for y in outputs
+    ]
+    found = torch.autograd.grad(outputs, list(inputs.values()), seeds, materialize_grads=True)
+    return outputs, dict(zip(inputs, found, strict=True))
+
+
+def check(case: Case, backend: str, dtype: torch.dtype, layout: str, seed: int = 0) -> None:
+    """One cell of the matrix."""
+    tensors = {name: value.to(dtype) for name, value in case.tensors(seed).items()}
+    for name in case.images:
+        tensors[name] = lay_out(tensors[name], layout)
+    # The truth starts from the very values that the kernel gets.
+    exact, exact_grads = run(
+        case, {n: t.double() for n, t in tensors.items()}, "reference", torch.float64
+    )
+    outputs, grads = run(case, tensors, backend, dtype)
+    if dtype in (torch.float16, torch.bfloat16):
+        plain, plain_grads = run(case, tensors, "reference", dtype)
+    for index, (y, truth) in enumerate(zip(outputs, exact, strict=True)):
+        assert y.dtype == dtype
+        if dtype == torch.float32:
+            bound = case.bounds[0]
+        elif dtype == torch.float64:
+            bound = 1e-12
+        else:
+            bound = 1.5 * relative_error(plain[index], truth)
+        assert_close(y, truth, bound, f"output {index}")
+    for name, gradient in grads.items():
+        truth = exact_grads[name]
+        scale = exact_grads[case.scale_of[name]].norm().item() if name in case.scale_of else None
+        assert gradient.dtype == dtype
+        assert gradient.shape == tensors[name].shape
+        if dtype == torch.float32:
+            bound = case.bounds[1]
+        elif dtype == torch.float64:
+            bound = 1e-12
+        else:
+            bound = 1.5 * relative_error(plain_grads[name], truth, scale)
+        assert_close(gradient, truth, bound, f"gradient of {name}", scale)
+
+
+def skip_unless_available(backend: str, operator: str) -> None:
+    if backend not in OPERATORS[operator].backends:
+        pytest.skip(f"{backend}: no kernel is written for {operator} yet")
+    if backend == "cpp" and (reason := OPERATORS[operator].why_no_cpp()) is not None:
+        pytest.skip(f"cpp: {reason}")
+
+
+# The reference is itself a row of the matrix: it must keep its own bounds in float32.
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_case(backend: str, case: Case, dtype: torch.dtype) -> None:
+    skip_unless_available(backend, case.operator)
+    if backend == "reference" and dtype != torch.float32:
+        pytest.skip("the reference is what the others are measured by")
+    check(case, backend, dtype, "contiguous")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layout(backend: str, case: Case, layout: str) -> None:
+    skip_unless_available(backend, case.operator)
+    check(case, backend, torch.float32, layout, seed=1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_change_no_bit(backend: str, case: Case, threads: int) -> None:
+    skip_unless_available(backend, case.operator)
+    if backend == "reference":
+        pytest.skip("torch's own kernels promise no such thing")
+    tensors = {name: value.float() for name, value in case.tensors(2).items()}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, one_grads = run(case, tensors, backend, torch.float32)
+        torch.set_num_threads(threads)
+        more, more_grads = run(case, tensors, backend, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one, more, strict=True):
+        assert torch.equal(a, b)
+    for name in one_grads:
+        assert torch.equal(one_grads[name], more_grads[name]), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_special_values_go_where_the_reference_sends_them(
+    backend: str, case: Case, value: float
+) -> None:
+    skip_unless_available(backend, case.operator)
+    tensors = {name: t.float() for name, t in case.tensors(3).items()}
+    first = tensors[case.images[0]]
+    first.view(-1)[first.numel() // 2] = value
+    truth = case.outputs(tensors, "reference")
+    for y, expected in zip(case.outputs(tensors, backend), truth, strict=True):
+        assert torch.equal(y.isfinite(), expected.isfinite())
+        good = expected.isfinite()
+        assert_close(y[good], expected[good], 10 * case.bounds[0] + 1e-6, "finite part")
+
+
+@pytest.mark.parametrize("axis", ["B", "H", "W"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_in_nothing_out(backend: str, case: Case, axis: str) -> None:
+    skip_unless_available(backend, case.operator)
+    if case.operator in ("haar_idwt2d", "coordinate_mixing", "trigonometric_solve"):
+        pytest.skip("tested with the operator's own sizes in test_empty.py")
+    place = {"B": 0, "H": 2, "W": 3}[axis]
+    tensors = {name: value.float() for name, value in case.tensors().items()}
+    empty = [n for i, n in enumerate(tensors["x"].shape) if i != place]
+    empty.insert(place, 0)
+    tensors["x"] = torch.zeros(empty)
+    if "latents" in tensors:
+        batch, patches, *rest = tensors["latents"].shape
+        tensors["latents"] = torch.zeros((0, patches, *rest) if axis == "B" else (batch, 0, *rest))
+    outputs, grads = run(case, tensors, backend, torch.float32)
+    assert not any(y.any() for y in outputs)
+    for name, gradient in grads.items():
+        assert gradient.shape == tensors[name].shape
+        assert not gradient.any()
