@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from fastfusion.data.atomic import atomic_path
-from fastfusion.data.cube import Cube
+from fastfusion.data.cube import Cube, check_cube_array
 from fastfusion.data.formats import envi, geotiff, matlab, numpy_files, png_bands, zarr_store
 from fastfusion.data.formats.stored import Stored
 
@@ -175,7 +175,10 @@ def write_cube(path: str | os.PathLike[str], cube: Cube) -> None:
         except ImportError:
             raise
         except OSError as error:
-            raise OSError(error.errno, f"cannot write {path}: {_one_line(error)}") from error
+            message = f"cannot write {path}: {_one_line(error)}"
+            if error.errno is None:  # some libraries lose it
+                raise OSError(errno.EIO, f"{message} (is the disk full?)") from error
+            raise OSError(error.errno, message) from error
         except Exception as error:  # the libraries raise nearly anything
             raise ValueError(f"cannot write {path}: {_one_line(error)}") from error
 
@@ -250,6 +253,7 @@ def _in_memory(
 ) -> Cube:
     """The cube in memory, with values of the type and scale that are asked for."""
     stored = _format_of_existing(path).load(path, variable, bands_axis)
+    check_cube_array(stored.data.shape, stored.data.dtype, "the image")
     metadata = _metadata(path, stored)
     raw = np.moveaxis(np.asarray(stored.data), stored.bands_axis, 0)
     if dtype is None:

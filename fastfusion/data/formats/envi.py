@@ -18,6 +18,8 @@ LAYOUT_FIELDS = {
     *("file type", "wavelength", "wavelength units", "fwhm"),
     *("reflectance scale factor", "data ignore value"),
 }
+#: Order in which bands (0), lines (1) and samples (2) are stored.
+AXES = {"bsq": (0, 1, 2), "bil": (1, 0, 2), "bip": (1, 2, 0)}
 
 
 def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
@@ -34,23 +36,29 @@ def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
             raise ValueError("it is a spectral library, not an image")
         if "file compression" in header and int(header["file compression"]):
             raise ValueError("its data are compressed, which is not supported; uncompress them")
-        if header["interleave"].lower() not in ("bsq", "bil", "bip"):
-            raise ValueError(f"interleave must be bsq, bil or bip, got {header['interleave']!r}")
         layout = envi.gen_params(header)
-        shape = (layout.nbands, layout.nrows, layout.ncols)
-        if min(*shape, layout.offset + 1) < 1:
-            raise ValueError(f"bands, lines and samples must be positive, got {shape}")
-        ours = path.with_suffix(".img")  # before any other file of that name
-        image = envi.open(path, ours if ours.is_file() else None)
-    room = Path(image.filename).stat().st_size - layout.offset
-    check_bytes(shape, np.dtype(layout.dtype), room, Path(image.filename).name)
+    interleave = header["interleave"].lower()
+    if interleave not in AXES:
+        raise ValueError(f"interleave must be bsq, bil or bip, got {interleave!r}")
+    shape = (layout.nbands, layout.nrows, layout.ncols)
+    if min(shape) < 1 or layout.offset < 0:
+        raise ValueError(
+            f"bands, lines and samples must be positive and the offset not negative, "
+            f"got {shape} and {layout.offset}"
+        )
+    file = _data_file(path, interleave)
+    dtype = np.dtype(layout.dtype)
+    check_bytes(shape, dtype, file.stat().st_size - layout.offset, file.name)
+    axes = AXES[interleave]
+    stored_shape = tuple(shape[axis] for axis in axes)
+    values = np.memmap(file, dtype, "r", layout.offset, stored_shape)
     unit = header.get("wavelength units")
     widths = _numbers(header.get("fwhm"), shape[0], unit)
     return Stored(
-        image.open_memmap(interleave="bsq"),
+        values.transpose(np.argsort(axes)),
         wavelengths=_numbers(header.get("wavelength"), shape[0], unit),
         metadata={
-            "interleave": header["interleave"].lower(),
+            "interleave": interleave,
             **({} if widths is None else {"fwhm": widths.tolist()}),
             "envi": {key: value for key, value in header.items() if key not in LAYOUT_FIELDS},
         },
@@ -92,6 +100,17 @@ def save(path: Path, cube: Cube) -> None:
             for row in range(rows):
                 line = np.asarray(cube.data[:, row], stored)
                 file.write((line if interleave == "bil" else line.T).tobytes())
+
+
+def _data_file(header: Path, interleave: str) -> Path:
+    """The file that the header describes: of the same name, with another suffix or none."""
+    suffixes = [".img", "", ".dat", ".raw", ".bin", f".{interleave}"]
+    for suffix in [*suffixes, *(suffix.upper() for suffix in suffixes)]:
+        if (candidate := header.with_suffix(suffix)).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"no data file lies beside it, named {header.stem} or {header.stem}.img"
+    )
 
 
 def _numbers(field: Any, bands: int, unit: str | None) -> np.ndarray | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastfusion._optional import need
 from fastfusion.data.cube import Cube
-from fastfusion.data.formats.stored import Stored, to_nanometres
+from fastfusion.data.formats.stored import Stored, reserve, to_nanometres
 
 
 def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
@@ -44,6 +44,7 @@ def save(path: Path, cube: Cube) -> None:
         place["crs"] = rasterio.crs.CRS.from_wkt(cube.metadata["crs"])
     if "transform" in cube.metadata:
         place["transform"] = rasterio.Affine(*cube.metadata["transform"])
+    reserve(path, bands * rows * columns * dtype.itemsize)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(
@@ -66,6 +67,10 @@ def save(path: Path, cube: Cube) -> None:
                     image.update_tags(
                         band + 1, wavelength=wavelength, wavelength_units="Nanometers"
                     )
+        with rasterio.open(path) as image:  # GDAL does not tell when closing a file fails
+            for band in range(bands):
+                if not np.array_equal(image.read(band + 1), cube.data[band], equal_nan=True):
+                    raise OSError(f"band {band} was not written as it is")
 
 
 def _wavelengths(tags: list[dict[str, str]]) -> np.ndarray | None:

@@ -20,6 +20,7 @@ from fastfusion.data.formats.stored import (
     arrange,
     check_bytes,
     pick_variable,
+    reserve,
 )
 
 BANDS_LAST = 2
@@ -128,6 +129,7 @@ def _load_v73(path: Path, variable: str | None, bands_axis: int | None) -> Store
 def _save_v73(path: Path, cube: Cube, dtype: np.dtype) -> None:
     h5py = need("h5py", extra="io", purpose="writing MATLAB v7.3 files")
     bands, rows, columns = cube.shape
+    reserve(path, bands * rows * columns * dtype.itemsize)
     with h5py.File(path, "w", userblock_size=USER_BLOCK) as file:
         data = file.create_dataset("data", (bands, columns, rows), dtype)
         for band in range(bands):  # one band in memory at a time

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,3 +136,13 @@ def check_bytes(shape: tuple[int, ...], dtype: np.dtype, available: float, name:
             f"{promised} bytes, but the file can hold only {int(available)}: it is truncated, or "
             "its header is wrong"
         )
+
+
+def reserve(path: Path, size: int) -> None:
+    """Raise OSError now if the disk has no room for ``size`` bytes at ``path``.
+
+    For libraries that do not survive a full disk: HDF5 kills the process when it cannot flush,
+    and GDAL closes a file it could not finish in silence.
+    """
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)

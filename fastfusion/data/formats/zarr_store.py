@@ -26,6 +26,8 @@ COMPLETE = "every_chunk_stored"
 
 def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
     zarr = need("zarr", extra="io", purpose="reading zarr stores")
+    if not is_zarr(path):
+        raise ValueError("it is not a zarr store: a folder with a zarr.json")
     array = zarr.open(path, mode="r")
     beside = dict(array.attrs)
     if isinstance(array, zarr.Group):
