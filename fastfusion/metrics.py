@@ -69,7 +69,7 @@ def psnr(fused: Tensor, reference: Tensor, *, peak: float = 1.0, per_band: bool 
     return bands if per_band else bands.mean()
 
 
-def sam(fused: Tensor, reference: Tensor) -> Tensor:
+def sam(fused: Tensor, reference: Tensor, *, per_pixel: bool = False) -> Tensor:
     """Spectral angle in degrees, the mean over pixels; 0 is best.
 
     Pixels where either spectrum is zero have no angle and are left out; the result is NaN where no
@@ -79,6 +79,7 @@ def sam(fused: Tensor, reference: Tensor) -> Tensor:
 
     Args:
         fused, reference: ``(B, G, H, W)`` or ``(G, H, W)``.
+        per_pixel: give each pixel's angle, ``(B, H, W)`` or ``(H, W)``, NaN where it is left out.
 
     Raises:
         TypeError, ValueError: the cubes are no tensors or not alike.
@@ -87,15 +88,22 @@ def sam(fused: Tensor, reference: Tensor) -> Tensor:
     >>> round(sam(one.view(2, 1, 1), two.view(2, 1, 1)).item(), 4)
     45.0
     """
-    fused, reference = map(_batched, _alike(fused, reference))
-    return torch.stack([_angle(*pair) for pair in zip(fused, reference, strict=True)]).mean()
+    fused, reference = _alike(fused, reference)
+    images = [_angles(*pair) for pair in zip(_batched(fused), _batched(reference), strict=True)]
+    if not per_pixel:
+        return torch.stack([angles.mean() for angles, _ in images]).mean()
+    maps = [
+        angles.new_full(seen.shape, torch.nan).masked_scatter(seen, angles)
+        for angles, seen in images
+    ]
+    return torch.stack(maps).view(*fused.shape[:-3], *fused.shape[-2:])
 
 
-def _angle(fused: Tensor, reference: Tensor) -> Tensor:
+def _angles(fused: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """The angles of the pixels that have one, and which these are: ``(N,)``, ``(H, W)``."""
     seen = (fused.norm(dim=0) != 0) & (reference.norm(dim=0) != 0)  # a NaN is seen
     u, v = (F.normalize(cube[:, seen], dim=0, eps=0) for cube in (fused, reference))
-    half = torch.atan2((u - v).norm(dim=0), (u + v).norm(dim=0))
-    return torch.rad2deg(2 * half.mean())
+    return torch.rad2deg(2 * torch.atan2((u - v).norm(dim=0), (u + v).norm(dim=0))), seen
 
 
 def ergas(fused: Tensor, reference: Tensor, *, ratio: float) -> Tensor:

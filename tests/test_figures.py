@@ -1,0 +1,145 @@
+"""Figures: what they show, where they look, and that none is left half written."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastfusion import figures
+from fastfusion.data import Degradation, apply_srf
+
+
+@pytest.fixture
+def fusion():
+    """Four materials with one bright spot that only the fused cube resolves."""
+    spectra = 0.3 * torch.rand(4, 31)
+    reference = torch.zeros(31, 48, 64)
+    for number, spectrum in enumerate(spectra):
+        row, column = divmod(number, 2)
+        block = (slice(24 * row, 24 * row + 24), slice(32 * column, 32 * column + 32))
+        reference[:, block[0], block[1]] = spectrum[:, None, None]
+    reference[:, 40, 10] = 1
+    srf = torch.rand(3, 31)
+    srf /= srf.sum(1, keepdim=True)
+    degradation = Degradation.block(4)
+    return {
+        "fused": (reference + 0.001 * torch.randn_like(reference)).clamp(0, 1),
+        "lr_hsi": degradation(reference),
+        "hr_msi": apply_srf(reference, srf),
+        "reference": reference,
+        "wavelengths": np.arange(400, 701, 10),
+        "srf": srf,
+        "degradation": degradation,
+    }
+
+
+def titles(figure) -> list[str]:
+    return [axes.get_title() for axes in figure.axes]
+
+
+def test_with_reference(fusion, tmp_path):
+    figure = figures.fusion_figure(**fusion, title="four materials")
+    shown = "\n".join(titles(figure))
+    assert figure.get_suptitle() == "four materials"
+    for expected in (
+        *("LR-HSI  12 x 16 x 31", "HR-MSI  48 x 64 x 3", "Fused  48 x 64 x 31", "Reference"),
+        *("Spectral angle", "RMSE over bands", "PSNR of each band"),
+    ):
+        assert expected in shown
+    figures.save_figure(tmp_path / "fusion.png", figure)
+    with Image.open(tmp_path / "fusion.png") as image:
+        image.load()
+        assert image.size == (1300, 1280)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["fusion.png"]
+
+
+def test_the_point_and_the_window_that_gained_most_are_shown(fusion):
+    figure = figures.fusion_figure(**fusion)
+    assert "Point 4: row 40, column 10" in titles(figure)
+    detail = figure.axes[1]
+    assert detail.get_xlim()[0] <= 10 < detail.get_xlim()[1]
+    assert detail.get_ylim()[1] <= 40 < detail.get_ylim()[0]
+
+
+def test_the_materials_are_found(fusion):
+    points = figures._different_spectra(fusion["lr_hsi"], (48, 64))
+    assert len({(row // 24, column // 32) for row, column in points}) == 3
+
+
+def test_the_spectra_drawn_are_those_of_the_point(fusion):
+    figure = figures.fusion_figure(**fusion)
+    axes = next(a for a in figure.axes if a.get_title() == "Point 4: row 40, column 10")
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    np.testing.assert_array_equal(lines["fused"], fusion["fused"][:, 40, 10])
+    np.testing.assert_array_equal(lines["reference"], fusion["reference"][:, 40, 10])
+    np.testing.assert_array_equal(lines["LR-HSI"], fusion["lr_hsi"][:, 10, 2])
+
+
+def test_no_line_bridges_a_gap_in_the_wavelengths(fusion):
+    fusion["wavelengths"] = np.r_[400:550:10, 900:1060:10]
+    figure = figures.fusion_figure(**fusion)
+    spectrum = figure.axes[-1].get_lines()[0].get_ydata()
+    assert np.flatnonzero(np.isnan(spectrum)).tolist() == [15]
+
+
+def test_without_reference_consistency_is_shown(fusion):
+    fusion["reference"] = None
+    shown = titles(figures.fusion_figure(**fusion))
+    assert any(title.startswith("Error to LR-HSI") for title in shown)
+    assert any(title.startswith("Error to HR-MSI") for title in shown)
+    fusion["srf"] = fusion["degradation"] = None
+    shown = titles(figures.fusion_figure(**fusion))
+    assert any(title.startswith("Change to bicubic") for title in shown)
+
+
+@pytest.mark.parametrize(
+    ("bands", "msi_bands", "low", "scale"),
+    [(2, 2, (1, 1), 4), (1, 1, (3, 40), 4), (9, 4, (40, 3), 2)],
+)
+def test_odd_shapes(bands, msi_bands, low, scale, tmp_path):
+    high = (low[0] * scale, low[1] * scale)
+    for reference in (None, torch.rand(bands, *high)):
+        figure = figures.fusion_figure(
+            torch.rand(bands, *high),
+            torch.rand(bands, *low),
+            torch.rand(msi_bands, *high),
+            reference=reference,
+        )
+        figures.save_figure(tmp_path / "odd.png", figure)
+
+
+def test_perfect_flat_black_and_missing_values(fusion, tmp_path):
+    figures.save_figure(
+        tmp_path / "perfect.png", figures.fusion_figure(**{**fusion, "fused": fusion["reference"]})
+    )
+    black = {name: torch.zeros_like(fusion[name]) for name in ("fused", "lr_hsi", "hr_msi")}
+    figures.save_figure(
+        tmp_path / "black.png", figures.fusion_figure(**black, reference=black["fused"])
+    )
+    fusion["fused"][:, 3, 4] = torch.nan
+    figures.save_figure(tmp_path / "nan.png", figures.fusion_figure(**fusion))
+
+
+def test_bad_input(fusion, tmp_path):
+    def draw(**changes):
+        figures.fusion_figure(**{**fusion, **changes})
+
+    with pytest.raises(TypeError, match="fused: expected a tensor, got ndarray"):
+        draw(fused=fusion["fused"].numpy())
+    with pytest.raises(ValueError, match=r"fused: expected \(bands, H, W\)"):
+        draw(fused=fusion["fused"][None])
+    with pytest.raises(ValueError, match="lr_hsi: expected 31 bands, got 30"):
+        draw(lr_hsi=fusion["lr_hsi"][:30])
+    with pytest.raises(ValueError, match="hr_msi: expected the size of fused"):
+        draw(hr_msi=fusion["hr_msi"][:, :40])
+    with pytest.raises(ValueError, match="reference: expected the shape of fused"):
+        draw(reference=fusion["reference"][:30])
+    with pytest.raises(ValueError, match=r"wavelengths: expected one a band, \(31,\), got \(4,\)"):
+        draw(wavelengths=[1, 2, 3, 4])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        figures.save_figure(tmp_path / "missing" / "x.png", figures.fusion_figure(**fusion))
+    with pytest.raises(ValueError, match="format"):
+        figures.save_figure(tmp_path / "x.nonsense", figures.fusion_figure(**fusion))
+    assert not list(tmp_path.iterdir())
