@@ -102,11 +102,20 @@ def image_like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One way to compute an operator. ``backward`` is None where there is only a forward."""
+    """One way to compute an operator.
+
+    ``why_not`` says what the backend cannot do; ``declines`` what it can, but slower than the next
+    one, so that "auto" leaves it to that.
+    """
 
     forward: Callable[..., Any]
-    backward: Callable[..., Any] | None
+    backward: Callable[..., Any]
     why_not: Callable[..., str | None]
+    declines: Callable[..., str | None]
+
+
+def _nothing_against(*args: Any) -> None:
+    return None
 
 
 class Operator:
@@ -152,7 +161,9 @@ class Operator:
         ]
         self.outputs = len(self.schema.returns)
         self.backends: dict[str, Backend] = {
-            "reference": Backend(reference, self._reference_backward, lambda *args: None)
+            "reference": Backend(
+                reference, self._reference_backward, _nothing_against, _nothing_against
+            )
         }
         self._define(head, returns)
         OPERATORS[self.name] = self
@@ -164,16 +175,22 @@ class Operator:
         name: str,
         *,
         forward: Callable[..., Any],
-        backward: Callable[..., Any] | None,
+        backward: Callable[..., Any],
         why_not: Callable[..., str | None],
+        declines: Callable[..., str | None] = _nothing_against,
     ) -> None:
-        """Add another way to compute this operator."""
-        self.backends[name] = Backend(forward, backward, why_not)
+        """Add another way to compute this operator; see :class:`Backend`."""
+        self.backends[name] = Backend(forward, backward, why_not, declines)
 
-    def add_cpp(self, why_not: Callable[..., str | None] = lambda *args: None) -> None:
+    def add_cpp(
+        self,
+        *,
+        why_not: Callable[..., str | None] = _nothing_against,
+        declines: Callable[..., str | None] = _nothing_against,
+    ) -> None:
         """Add the kernels of the compiled CPU library under this operator's name.
 
-        ``why_not`` speaks of the arguments alone: that the library is there, holds the kernel and
+        ``why_not`` speaks of the arguments alone: that the library is there, holds the kernels and
         that the tensors are on the CPU is checked before.
         """
 
@@ -190,13 +207,16 @@ class Operator:
             forward=lambda *args: native.kernel(native.CPU, self.name)(*args),
             backward=lambda *args: native.kernel(native.CPU, f"{self.name}_backward")(*args),
             why_not=reason,
+            declines=declines,
         )
 
     def why_no_cpp(self) -> str | None:
         """None when the compiled CPU library is there and holds this operator's kernels."""
         missing = native.why_not(native.CPU)
-        if missing is None and not native.holds(native.CPU, self.name):
-            missing = f"the compiled CPU library has no kernel for {self.name}"
+        if missing is None:
+            for name in (self.name, f"{self.name}_backward"):
+                if not native.holds(native.CPU, name):
+                    missing = f"the compiled CPU library has no kernel for {name}"
         return missing
 
     def why_not(self, name: str, *args: Any) -> str | None:
@@ -215,6 +235,8 @@ class Operator:
             return self.backends[wish]
         for name in BACKENDS:
             reason = self.why_not(name, *args)
+            if reason is None:
+                reason = self.backends[name].declines(*args)
             if reason is None:
                 return self.backends[name]
             log.debug("%s: not %s: %s", self.name, name, reason)
@@ -283,10 +305,7 @@ class Operator:
         shapes = self._fake_backward(*args, mask, wish)
         if self._empty(inputs) or not any(mask):
             return _map(torch.zeros_like, shapes)
-        chosen = self.choose(wish, *inputs)
-        if chosen.backward is None:
-            raise RuntimeError(f"{self.name}: the backend has no backward kernel")
-        result = chosen.backward(*grads, *inputs, mask)
+        result = self.choose(wish, *inputs).backward(*grads, *inputs, mask)
         return _conform(result, _map(layout_of, shapes), args)
 
     def _fake_backward(self, *args: Any) -> Any:
