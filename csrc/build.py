@@ -90,7 +90,9 @@ def why_not() -> str | None:
 def _check_torch(torch: Path) -> None:
     header = torch / "include" / "torch" / "headeronly" / "version.h"
     text = header.read_text() if header.is_file() else ""
-    numbers = [re.search(rf"define TORCH_VERSION_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    numbers = [
+        re.search(rf"define TORCH_VERSION_{part} (\d+)", text) for part in ("MAJOR", "MINOR")
+    ]
     version = tuple(int(number.group(1)) for number in numbers if number)
     if len(version) < 2 or version < OLDEST_TORCH:
         found = ".".join(map(str, version)) or "older"
@@ -139,7 +141,9 @@ def _ninja_file(torch: Path, compiler: list[str], objects: Path, library: Path, 
     return "\n".join(lines) + "\n"
 
 
-def build(out: Path, *, objects: Path | None = None, flags: str = "", verbose: bool = False) -> Path:
+def build(
+    out: Path, *, objects: Path | None = None, flags: str = "", verbose: bool = False
+) -> Path:
     """Build ``_C_cpu`` into the folder ``out`` and return its path.
 
     Args:
@@ -171,8 +175,11 @@ def build(out: Path, *, objects: Path | None = None, flags: str = "", verbose: b
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     sys.stdout.write(result.stdout)
     if result.returncode != 0:
-        errors = [line for line in result.stdout.splitlines() if "error" in line.lower()]
-        cause = (errors or result.stdout.splitlines() or ["ninja failed"])[0].strip()
+        lines = [line.strip() for line in result.stdout.splitlines()]
+        telling = [line for line in lines if "error:" in line] + [
+            line for line in lines if line.startswith(("FAILED", "ninja: error"))
+        ]
+        cause = telling[0] if telling else f"ninja ended with status {result.returncode}"
         raise CannotBuild(f"the compiler failed when fastfusion was installed: {cause}")
     return library
 

@@ -27,7 +27,9 @@ def library_path(name: str) -> Path | None:
     """
     named = os.environ.get("FASTFUSION_LIBRARY_DIR")
     folders = [Path(named), PACKAGE] if named else [PACKAGE]
-    return next((path for folder in folders for path in sorted(folder.glob(f"_C_{name}*.so"))), None)
+    return next(
+        (path for folder in folders for path in sorted(folder.glob(f"_C_{name}*.so"))), None
+    )
 
 
 @functools.cache
