@@ -1,0 +1,70 @@
+# make demo and make test need Python (3.10 or later) and make; a C++ compiler gives the fast kernels.
+#   PYTHON=python3.12      the interpreter of the environment
+#   TORCH=torch==2.13.0    the torch to install: a requirement or a wheel file, or
+#   TORCH=system           use the one that PYTHON already has
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format quality bench wheel sanitize clean
+
+help:
+	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
+	@echo "make test      the tests"
+	@echo "make lint      formatters, linters and types"
+	@echo "make format    put the sources into their format"
+	@echo "make quality   the tables and pictures of docs/quality.md, from real scenes"
+	@echo "make bench     the tables of docs/performance-cpu.md"
+	@echo "make sanitize  the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make wheel     dist/*.whl, audited"
+	@echo "make clean     remove the environment and everything built"
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there: name one with PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is older than 3.10: name another with PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module: install it (python3-venv) or name another with PYTHON="; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || echo "make: no C++ compiler: fastfusion will run on its slower reference kernels"
+	$(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
+
+$(VENV)/torch.done: | $(BIN)/python
+	$(if $(filter system,$(TORCH)),$(BIN)/python -c 'import torch',$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)')
+	@touch $@
+
+# Editable, so that only a change of the kernels or of the requirements installs again.
+$(VENV)/demo.done: $(SOURCES) | $(VENV)/torch.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[io,train,plot]'
+	@touch $@
+
+$(VENV)/dev.done: $(SOURCES) | $(VENV)/torch.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/demo.done
+
+demo: $(VENV)/demo.done
+	$(BIN)/python examples/demo.py --out out/demo.png
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+format: $(VENV)/dev.done
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+quality: $(VENV)/dev.done
+	$(BIN)/python benchmarks/quality.py --write docs/quality.md
+
+bench: $(VENV)/dev.done
+	$(BIN)/python benchmarks/report.py --write docs/performance-cpu.md
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info fastfusion/_C_*
