@@ -210,16 +210,18 @@ def _reading(path: Path, action: Callable[[], _Result]) -> _Result:
         if error.errno in (None, errno.EINVAL):
             raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
         raise OSError(error.errno, f"cannot read {path}: {_one_line(error)}") from error
-    except Exception as error:
+    except ValueError as error:
         raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
+    except Exception as error:  # parsers of damaged files raise nearly anything
+        damage = f"{type(error).__name__}: {_one_line(error)}"
+        raise ValueError(
+            f"cannot read {path}: it is damaged, or not of this format ({damage})"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:
     message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    message = " ".join(message.split())
-    if isinstance(error, (ValueError, OSError)):
-        return message or type(error).__name__
-    return f"{type(error).__name__}: {message}"  # by itself often only a key or a number
+    return " ".join(message.split()) or type(error).__name__
 
 
 def _check_scale(scale: float | Literal["auto"] | None) -> None:

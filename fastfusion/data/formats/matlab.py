@@ -14,6 +14,7 @@ import numpy as np
 
 from fastfusion._optional import need
 from fastfusion.data.cube import Cube
+from fastfusion.data.formats.matlab_elements import check_elements
 from fastfusion.data.formats.stored import (
     WAVELENGTH_NAMES,
     Stored,
@@ -50,6 +51,7 @@ def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
     """Named arrays of a v5 file as they are, for scenes with a layout of their own."""
     import scipy.io
 
+    check_elements(path)
     with path.open("rb") as file:
         contents = scipy.io.loadmat(file, variable_names=names)
     missing = [name for name in names if name not in contents]
@@ -70,16 +72,19 @@ def _is_hdf5(path: Path) -> bool:
 def _load_v5(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
     import scipy.io
 
+    complex_arrays = check_elements(path)
     shapes, types = {}, {}
     with path.open("rb") as file:
         for name, shape, kind in scipy.io.whosmat(file):
             if kind in NUMERIC_CLASSES:
                 shapes[name], types[name] = shape, kind
         name = pick_variable(shapes, types, variable)
+        if name in complex_arrays:
+            raise ValueError(f"{name!r} is complex128: a cube has real values")
         # A double may be stored in one byte where its values allow.
         room = path.stat().st_size * LARGEST_COMPRESSION
         check_bytes(shapes[name], np.dtype(np.uint8), room, name)
-        beside = [key for key in WAVELENGTH_NAMES if key in shapes]
+        beside = [key for key in WAVELENGTH_NAMES if key in shapes.keys() - complex_arrays]
         file.seek(0)
         arrays = scipy.io.loadmat(file, variable_names=[name, *beside])
     return arrange(
