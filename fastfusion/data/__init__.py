@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fastfusion.data.atomic import atomic_path
 from fastfusion.data.cube import Cube
+from fastfusion.data.demo import demo_scene
 from fastfusion.data.files import open_cube, read_cube, write_cube
+from fastfusion.data.scenes import Scene, load_scene, scene_names
 from fastfusion.data.sensors import (
     Degradation,
     SpectralResponse,
@@ -20,14 +22,18 @@ from fastfusion.data.sensors import (
 __all__ = [
     "Cube",
     "Degradation",
+    "Scene",
     "SpectralResponse",
     "apply_srf",
     "atomic_path",
+    "demo_scene",
     "gaussian_psf",
+    "load_scene",
     "open_cube",
     "read_cube",
     "read_response",
     "read_srf",
+    "scene_names",
     "srf_from_bands",
     "srf_from_response",
     "wald",

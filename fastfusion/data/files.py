@@ -120,7 +120,7 @@ def read_cube(
     if dtype is None and scale not in ("auto", None):
         raise ValueError("scale= needs a floating dtype=; dtype=None keeps values as stored")
     path = Path(path)
-    return _reading(path, lambda: _in_memory(path, variable, bands_axis, dtype, scale))
+    return reading(path, lambda: _in_memory(path, variable, bands_axis, dtype, scale))
 
 
 def open_cube(
@@ -136,7 +136,7 @@ def open_cube(
             format that has to be read as a whole.
     """
     path = Path(path)
-    return _reading(path, lambda: _on_disk(path, variable, bands_axis))
+    return reading(path, lambda: _on_disk(path, variable, bands_axis))
 
 
 def write_cube(path: str | os.PathLike[str], cube: Cube) -> None:
@@ -191,7 +191,7 @@ def _format_of_existing(path: Path) -> _Format:
     return _BY_SUFFIX[path.suffix.lower()]
 
 
-def _reading(path: Path, action: Callable[[], _Result]) -> _Result:
+def reading(path: Path, action: Callable[[], _Result]) -> _Result:
     """Run a reader and turn whatever its libraries raise into one line that names the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
