@@ -203,10 +203,11 @@ class _Canvas:
     def paint(self, material: str, cover: Array, value: Array | float = 0.5) -> None:
         rows, columns = np.flatnonzero(cover.any(axis=1)), np.flatnonzero(cover.any(axis=0))
         if rows.size:  # most shapes are small
-            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-            shares = self.shares[(slice(None), *box)]  # a view
-            shares *= 1 - cover[box]
-            shares[INDEX[material]] += cover[box]
+            top, bottom = rows[0], rows[-1] + 1
+            left, right = columns[0], columns[-1] + 1
+            shares = self.shares[:, top:bottom, left:right]  # a view
+            shares *= 1 - cover[top:bottom, left:right]
+            shares[INDEX[material]] += cover[top:bottom, left:right]
         self.property += cover * (value - self.property)
 
     def cast_shadow(self, cover: Array, depth: float) -> None:
