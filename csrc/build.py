@@ -30,13 +30,14 @@ if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES |= {"avx2": ["-O3", *avx2], "avx512": ["-O3", *avx2, *avx512]}
 
 FLAGS = [
-    "-std=c++17",
+    "-std=c++20",
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=fast",  # a * b + c may become one instruction; nothing else of -ffast-math
     "-Wall",
     "-Wextra",
     "-Wno-unused-parameter",
+    "-Wno-maybe-uninitialized",  # gcc 12 says it of its own AVX-512 header
     "-Wno-psabi",  # vectors are passed between inlined functions only
 ]
 TORCH_FLAGS = ["-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]

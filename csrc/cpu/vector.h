@@ -3,9 +3,11 @@
 // on an instruction set that has none of this in hardware.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "types.h"
 
@@ -67,6 +69,16 @@ FF_INLINE V max(V a, V b) {
 template <typename V>
 FF_INLINE V min(V a, V b) {
   return a < b ? a : b;
+}
+
+// Call f(constant 0), f(constant 1), ...: a loop that is unrolled in every case, so that arrays of
+// vectors indexed by it live in registers.
+template <int N, typename F>
+FF_INLINE void unroll(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>()), ...);
+  }
+  (std::make_integer_sequence<int, N>());
 }
 
 // -- one value ------------------------------------------------------------------------------------
@@ -208,6 +220,69 @@ FF_INLINE float sum(VectorF v) {
 }
 FF_INLINE double sum(VectorD v) {
   return sum_lanes(reinterpret_cast<const double*>(&v), kLanes<double>);
+}
+
+// -- elementary functions -------------------------------------------------------------------------
+// Of a vector of float, within a few units in the last place; of a vector of double by libm.
+
+template <typename F>
+FF_INLINE VectorD each_lane(VectorD x, const F& f) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = f(x[lane]);
+  return x;
+}
+
+// e^x = 2^n e^r with |r| <= ln(2) / 2. Beyond the range of float: 0 and infinity; NaN stays.
+FF_INLINE VectorF exp(VectorF x) {
+  const VectorF clamped = max(min(x, broadcast(89.0f)), broadcast(-105.0f));
+  const VectorF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const VectorF n = clamped * 1.44269504f + magic - magic;
+  const VectorF r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  // Taylor's series to r^7 is exact to float on this interval.
+  VectorF p = broadcast(1.0f / 5040);
+  p = fma(p, r, broadcast(1.0f / 720));
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  // 2^n in two factors, since n reaches from -152 to 129.
+  const VectorI whole = __builtin_convertvector(n, VectorI), half = whole >> 1;
+  p *= bit_cast<VectorF>((half + 127) << 23);
+  p *= bit_cast<VectorF>((whole - half + 127) << 23);
+  return x == x ? p : x;
+}
+FF_INLINE VectorD exp(VectorD x) {
+  return each_lane(x, [](double v) { return std::exp(v); });
+}
+
+// erf(x) = x P(x^2) / Q(x^2): a weighted least-squares fit on |x| <= 3.9, good to 2e-8; beyond, erf
+// is 1 to the precision of float.
+FF_INLINE VectorF erf(VectorF x) {
+  const VectorF c = max(min(x, broadcast(3.9f)), broadcast(-3.9f)), u = c * c;
+  VectorF p = broadcast(2.0664726889663143e-06f);
+  p = fma(p, u, broadcast(2.850633463822305e-04f));
+  p = fma(p, u, broadcast(3.738379804417491e-03f));
+  p = fma(p, u, broadcast(5.266818776726723e-02f));
+  p = fma(p, u, broadcast(1.8966753780841827e-01f));
+  p = fma(p, u, broadcast(1.1283791065216064f));
+  VectorF q = broadcast(3.8270078221103176e-05f);
+  q = fma(q, u, broadcast(1.1573850642889738e-03f));
+  q = fma(q, u, broadcast(1.4914344996213913e-02f));
+  q = fma(q, u, broadcast(1.1381926387548447e-01f));
+  q = fma(q, u, broadcast(5.014212727546692e-01f));
+  q = fma(q, u, broadcast(1.0f));
+  const VectorF y = c * p / q;
+  return x == x ? max(min(y, broadcast(1.0f)), broadcast(-1.0f)) : x;
+}
+FF_INLINE VectorD erf(VectorD x) {
+  return each_lane(x, [](double v) { return std::erf(v); });
+}
+
+// 1 / (1 + e^-x)
+template <typename V>
+FF_INLINE V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
 }
 
 }  // namespace fastfusion::FF_CAPABILITY
