@@ -1,0 +1,1 @@
+"""Benchmarks: one file an operator, one a model; report.py draws tables and rooflines."""
