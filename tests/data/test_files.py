@@ -530,16 +530,12 @@ def test_geotiff_without_a_place_reads_and_writes_without_a_warning(tmp_path):
         assert "transform" not in read_cube(tmp_path / "a.tif").metadata
 
 
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
 def test_geotiff_scale_offset_and_missing_values(tmp_path):
     rasterio = pytest.importorskip("rasterio")
     counts = np.arange(24, dtype=np.uint16).reshape(2, 3, 4) * 100
     place = {"driver": "GTiff", "count": 2, "height": 3, "width": 4, "dtype": "uint16"}
-    with (
-        warnings.catch_warnings(action="ignore")
-        if sys.version_info >= (3, 11)
-        else warnings.catch_warnings(),
-        rasterio.open(tmp_path / "a.tif", "w", nodata=0, **place) as image,
-    ):
+    with rasterio.open(tmp_path / "a.tif", "w", nodata=0, **place) as image:
         image.write(counts)
         image.scales, image.offsets = (1e-4, 2e-4), (0, -0.1)
     back = read_cube(tmp_path / "a.tif").data
@@ -737,7 +733,7 @@ def test_a_npz_that_claims_more_than_it_holds(tmp_path):
         read_cube(tmp_path / "a.npz")
 
 
-FUZZED = ["cube.npy", "cube.npz", "cube.mat", "cube.hdr", "cube", "cube.tif"]
+FUZZED = ["cube.npy", "cube.npz", "cube.mat", "cube.hdr", "cube"]
 
 
 @pytest.mark.parametrize("name", FUZZED)
