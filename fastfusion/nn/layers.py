@@ -367,7 +367,7 @@ class DepthwiseConv2d(nn.Conv2d):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         if checks.pair("stride", stride, low=1) != (1, 1):
             raise ValueError(f"stride must be 1, got {stride}")
-        same = tuple(d * (k // 2) for d, k in zip(spread, sizes, strict=True))
+        same = (spread[0] * (sizes[0] // 2), spread[1] * (sizes[1] // 2))
         if padding != "same" and checks.pair("padding", padding, low=0) != same:
             raise ValueError(f"padding must keep the size, 'same' or {same}, got {padding!r}")
         if padding_mode != "zeros":

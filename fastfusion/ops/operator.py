@@ -528,7 +528,7 @@ def _autograd_kernel(
     def kernel(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             with enable_single_level_autograd_function():
-                return Node.apply(keyset, *args)
+                return Node.apply(keyset, *args)  # type: ignore[attr-defined]
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LOW = (torch.float16, torch.bfloat16)
-
-
-def _wide(x: Tensor | None) -> Tensor | None:
-    """At least float32: that is what every backend accumulates in."""
-    return x.float() if x is not None and x.dtype in LOW else x
+from fastfusion.ops.precision import wide
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -39,7 +34,7 @@ def depthwise_conv2d(
     activation: str,
 ) -> Tensor:
     """See :func:`fastfusion.ops.depthwise_conv2d`."""
-    y = _convolve(_wide(x), _wide(weight), _wide(bias), (dilation_rows, dilation_columns))
+    y = _convolve(wide(x), wide(weight), wide(bias), (dilation_rows, dilation_columns))
     return activate(y, activation).to(x.dtype)
 
 
@@ -55,12 +50,12 @@ def large_kernel_attention(
     dilation_columns: int,
 ) -> Tensor:
     """See :func:`fastfusion.ops.large_kernel_attention`."""
-    y = _wide(x)
-    local = _convolve(y, _wide(local_weight), _wide(local_bias), (1, 1))
+    y = wide(x)
+    local = _convolve(y, wide(local_weight), wide(local_bias), (1, 1))
     context = _convolve(
-        local, _wide(context_weight), _wide(context_bias), (dilation_rows, dilation_columns)
+        local, wide(context_weight), wide(context_bias), (dilation_rows, dilation_columns)
     )
-    attention = F.conv2d(context, _wide(mix_weight)[:, :, None, None], _wide(mix_bias))
+    attention = F.conv2d(context, wide(mix_weight)[:, :, None, None], wide(mix_bias))
     return (y * attention).to(x.dtype)
 
 
@@ -69,7 +64,7 @@ def multiscale_attention(x: Tensor, weight: Tensor, bias: Tensor, sizes: list[in
 
     ``weight`` is ``(C, sum of kh*kw)``, ``bias`` ``(S, C)``, ``sizes`` is ``kh, kw`` of each scale.
     """
-    y, weight, bias = _wide(x), _wide(weight), _wide(bias)
+    y, weight, bias = wide(x), wide(weight), wide(bias)
     channels = x.shape[1]
     shapes = list(zip(sizes[0::2], sizes[1::2], strict=True))
     filters = weight.split([rows * columns for rows, columns in shapes], dim=1)

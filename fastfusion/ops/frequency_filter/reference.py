@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LOW = (torch.float16, torch.bfloat16)
-
-
-def _wide(x: Tensor | None) -> Tensor | None:
-    """At least float32: that is what every backend accumulates in."""
-    return x.float() if x is not None and x.dtype in LOW else x
+from fastfusion.ops.precision import wide
 
 
 def _mix(part: Tensor, mixing: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,7 +49,7 @@ def frequency_response2d(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastfusion.ops.frequency_response2d`."""
     dtype = x.dtype
-    x, mixing, kernel, mixing_bias = map(_wide, (x, mixing, kernel, mixing_bias))
+    x, mixing, kernel, mixing_bias = wide(x), wide(mixing), wide(kernel), wide(mixing_bias)
     spectrum = torch.fft.rfft2(x)
     real = _filter(_mix(spectrum.real, mixing[0], _half(mixing_bias, 0)), kernel[0], False)
     imag = _filter(_mix(spectrum.imag, mixing[1], _half(mixing_bias, 1)), kernel[1], False)
@@ -85,8 +80,8 @@ def frequency_filter2d(
 ) -> Tensor:
     """See :func:`fastfusion.ops.frequency_filter2d`."""
     dtype = x.dtype
-    x, mixing, kernel, mixing_bias = map(_wide, (x, mixing, kernel, mixing_bias))
-    gain, bias = _wide(gain), _wide(bias)
+    x, mixing, kernel, mixing_bias = wide(x), wide(mixing), wide(kernel), wide(mixing_bias)
+    gain, bias = wide(gain), wide(bias)
     if padding_mode == "zeros":
         real, imag = frequency_response2d(x, mixing, kernel, mixing_bias)
     else:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LOW = (torch.float16, torch.bfloat16)
+from fastfusion.ops.precision import wide
 
 
 def haar_dwt2d(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastfusion.ops.haar_dwt2d`."""
-    y = x.float() if x.dtype in LOW else x
+    y = wide(x)
     rows, columns = y.shape[-2:]
     if rows % 2 or columns % 2:
         y = F.pad(y, (0, columns % 2, 0, rows % 2), mode="replicate")
@@ -37,8 +37,7 @@ def haar_dwt2d(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def haar_idwt2d(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, rows: int, columns: int) -> Tensor:
     """See :func:`fastfusion.ops.haar_idwt2d`; the size is given."""
     dtype = ll.dtype
-    if dtype in LOW:
-        ll, lh, hl, hh = ll.float(), lh.float(), hl.float(), hh.float()
+    ll, lh, hl, hh = wide(ll), wide(lh), wide(hl), wide(hh)
     a = (ll + lh + hl + hh) / 2
     b = (ll + lh - hl - hh) / 2
     c = (ll - lh + hl - hh) / 2
@@ -51,7 +50,7 @@ def haar_idwt2d(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, rows: int, colum
 
 def haar_split2d(x: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`fastfusion.ops.haar_split2d`."""
-    y = x.float() if x.dtype in LOW else x
+    y = wide(x)
     ll = haar_dwt2d(y)[0]
     zero = torch.zeros_like(ll)
     low = haar_idwt2d(ll, zero, zero, zero, x.shape[-2], x.shape[-1])

@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LOW = (torch.float16, torch.bfloat16)
-
-
-def _wide(x: Tensor | None) -> Tensor | None:
-    """At least float32: that is what every backend accumulates in."""
-    return x.float() if x is not None and x.dtype in LOW else x
+from fastfusion.ops.precision import wide
 
 
 def _patches(x: Tensor, ph: int, pw: int) -> Tensor:
@@ -60,10 +55,10 @@ def latent_encode(
 ) -> Tensor:
     """See :func:`fastfusion.ops.latent_encode`."""
     heads, _, width = prompts.shape
-    prompt = _wide(prompts)
-    pixels = _patches(_wide(x), patch_rows, patch_columns)
-    keys = _heads(F.linear(pixels, _wide(key_weight), _wide(key_bias)), heads)
-    values = _heads(F.linear(pixels, _wide(value_weight), _wide(value_bias)), heads)
+    prompt = wide(prompts)
+    pixels = _patches(wide(x), patch_rows, patch_columns)
+    keys = _heads(F.linear(pixels, wide(key_weight), wide(key_bias)), heads)
+    values = _heads(F.linear(pixels, wide(value_weight), wide(value_bias)), heads)
     scores = prompt @ keys.transpose(-2, -1) / math.sqrt(width)  # (B, P, h, T, L)
     attention = scores.softmax(dim=-1)
     return _joined(attention @ values + prompt).to(x.dtype)
@@ -78,11 +73,11 @@ def trigonometric_solve(
     squash: bool,
 ) -> Tensor:
     """See :func:`fastfusion.ops.trigonometric_solve`."""
-    z = _wide(latents)
+    z = wide(latents)
     if squash:
         z = math.pi * torch.sigmoid(z)
-    sine, cosine = _wide(sine), _wide(cosine)
-    solved = z if offset is None else z + _wide(offset)
+    sine, cosine = wide(sine), wide(cosine)
+    solved = z if offset is None else z + wide(offset)
     for q in range(1, sine.shape[1] + 1):
         phase = q * fundamental * z
         solved = solved + sine[:, q - 1] * phase.sin() + cosine[:, q - 1] * phase.cos()
@@ -100,9 +95,9 @@ def latent_decode(
 ) -> Tensor:
     """See :func:`fastfusion.ops.latent_decode`; the number of heads is given."""
     rows, columns = x.shape[-2:]
-    pixels = _patches(_wide(x), patch_rows, patch_columns)
-    queries = _heads(F.linear(pixels, _wide(query_weight), _wide(query_bias)), heads)
-    tokens = _heads(_wide(latents), heads)
+    pixels = _patches(wide(x), patch_rows, patch_columns)
+    queries = _heads(F.linear(pixels, wide(query_weight), wide(query_bias)), heads)
+    tokens = _heads(wide(latents), heads)
     width = tokens.shape[-1]
     attention = (queries @ tokens.transpose(-2, -1) / math.sqrt(width)).softmax(dim=-1)
     y = _joined(attention @ tokens) + pixels
@@ -128,14 +123,22 @@ def latent_operator(
 ) -> Tensor:
     """See :func:`fastfusion.ops.latent_operator`: exactly decode(solve(encode))."""
     dtype = x.dtype
-    parameters = (prompts, key_weight, key_bias, value_weight, value_bias)
-    x = _wide(x)  # so that nothing is rounded between the steps
-    latents = latent_encode(x, *map(_wide, parameters), patch_rows, patch_columns)
+    x = wide(x)  # so that nothing is rounded between the steps
+    latents = latent_encode(
+        x,
+        wide(prompts),
+        wide(key_weight),
+        wide(key_bias),
+        wide(value_weight),
+        wide(value_bias),
+        patch_rows,
+        patch_columns,
+    )
     latents = trigonometric_solve(
-        latents, _wide(sine), _wide(cosine), _wide(offset), fundamental, squash
+        latents, wide(sine), wide(cosine), wide(offset), fundamental, squash
     )
     heads = prompts.shape[0]
     y = latent_decode(
-        x, latents, _wide(query_weight), _wide(query_bias), heads, patch_rows, patch_columns
+        x, latents, wide(query_weight), wide(query_bias), heads, patch_rows, patch_columns
     )
     return y.to(dtype)
