@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
-from torch.utils.flop_counter import register_flop_formula
 
 from fastfusion import native
+from fastfusion.ops.flops import register_flops
 
 log = logging.getLogger("fastfusion")
 
@@ -289,8 +289,8 @@ class Operator:
         )
         for device in ("CPU", "CUDA"):
             _library.impl(name, self._autocast_rule(device), f"Autocast{device}")
-        register_flop_formula(self.op.overloadpacket)(self._count)
-        register_flop_formula(self.backward_op.overloadpacket)(self._count_backward)
+        register_flops(self.op.overloadpacket, self._count)
+        register_flops(self.backward_op.overloadpacket, self._count_backward)
 
     def _forward(self, *args: Any) -> Any:
         *args, wish = args  # type: ignore[assignment]
