@@ -6,7 +6,8 @@ packages are looked for when something asks for them (see :func:`info`).
 
 from fastfusion import ops
 from fastfusion._version import __version__
+from fastfusion.accelerating import accelerate
 from fastfusion.environment import backends, info
 from fastfusion.ops.operator import backend
 
-__all__ = ["__version__", "backend", "backends", "info", "ops"]
+__all__ = ["__version__", "accelerate", "backend", "backends", "info", "ops"]
