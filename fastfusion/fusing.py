@@ -17,7 +17,7 @@ from fastfusion.data.sensors import Degradation
 from fastfusion.environment import backends
 from fastfusion.ops.operator import backend as backend_for_block
 
-__all__ = ["METHODS", "Unavailable", "fuse"]
+__all__ = ["METHODS", "Unavailable", "check_pair", "fuse"]
 
 _Array = TypeVar("_Array", Tensor, np.ndarray)
 _Matrix = Tensor | np.ndarray
@@ -76,7 +76,7 @@ def fuse(
     torch.Size([31, 32, 32])
     """
     run = _method(method)
-    scale = _check_pair(lr_hsi, hr_msi)
+    scale = check_pair(lr_hsi, hr_msi)
     place = _device(device)
     low, high = (_prepared(image, place) for image in (lr_hsi, hr_msi))
     sensors = {
@@ -199,8 +199,8 @@ def _backend(name: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------
 
 
-def _check_pair(lr_hsi: _Array, hr_msi: _Array) -> int:
-    """Check that the two images are a pair; how many times finer is the second?"""
+def check_pair(lr_hsi: _Array, hr_msi: _Array) -> int:
+    """Raise what `fuse` raises unless the images are a pair; how many times finer the second is."""
     for name, image in (("lr_hsi", lr_hsi), ("hr_msi", hr_msi)):
         _check_image(name, image)
     if isinstance(lr_hsi, Tensor) != isinstance(hr_msi, Tensor):

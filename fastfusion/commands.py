@@ -1,0 +1,466 @@
+"""What the commands of `fastfusion.cli` do with their parsed arguments."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastfusion import environment
+from fastfusion._optional import need
+from fastfusion._version import __version__
+from fastfusion.data.atomic import atomic_path
+from fastfusion.data.cube import Cube
+from fastfusion.data.files import read_cube, write_cube
+from fastfusion.data.scenes import load_scene
+from fastfusion.data.sensors import Degradation, read_srf
+from fastfusion.evaluation import Case, case_of, csv_table, markdown_table, run, score
+from fastfusion.figures import fusion_figure, save_figure
+from fastfusion.fusing import check_pair
+from fastfusion.metrics import CONVENTIONS
+
+__all__ = ["evaluate", "fuse", "info"]
+
+
+# ------------------------------------------------------------------------------------------------
+# fuse
+# ------------------------------------------------------------------------------------------------
+
+
+def fuse(asked: argparse.Namespace) -> None:
+    """Fuse two files or a scene; write the cube, its figures and a picture."""
+    _check_usage(asked)
+    options = _options(asked.option)
+    clock = _Clock()
+    cubes: dict[str, Cube] = {}
+    if asked.scene is not None:
+        case, peak = _case_from_scene(asked, asked.scene, asked.scale)
+    else:
+        case, cubes, peak = _case_from_files(asked)
+    clock.lap("read")
+    # Places for the outputs are taken before the work, so that a wrong name costs no time. They
+    # get their names when all is written, or vanish.
+    with contextlib.ExitStack() as places:
+        paths = [places.enter_context(atomic_path(path)) for path in _beside(asked)]
+        fused = run(
+            case,
+            asked.method,
+            blind=asked.blind,
+            backend=asked.backend,
+            device=asked.device,
+            progress=asked.progress,
+            **options,
+        )
+        clock.lap("fuse")
+        figures = score(case, fused)
+        clock.lap("score")
+        summary = _summary(case, asked.method, figures, clock.seconds["fuse"])
+        if len(paths) == 2:
+            save_figure(paths[1], _figure(case, fused, summary))
+            clock.lap("draw")
+        if paths:
+            write_cube(asked.out, _in_input_units(fused, peak, case, cubes))
+            clock.lap("write")
+            record = _record(asked, case, cubes, peak, figures, clock.seconds)
+            text = json.dumps(_without_nan(record), indent=2, allow_nan=False, ensure_ascii=False)
+            paths[0].write_text(text + "\n", encoding="utf-8")
+    print(summary)
+    if asked.out is None:
+        print("nothing was written: --out OUT keeps the cube, its figures and a picture")
+    else:
+        print("wrote", ", ".join(map(str, [asked.out, *_beside(asked)])))
+
+
+def _check_usage(asked: argparse.Namespace) -> None:
+    """What can be said before anything is read."""
+    if asked.scene is not None:
+        for name in ("hsi", "msi", "reference", "peak", "bands_axis"):
+            if getattr(asked, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --scene")
+    elif asked.hsi is None or asked.msi is None:
+        raise ValueError("expected --hsi FILE and --msi FILE, or --scene NAME")
+    elif asked.out is None:
+        raise ValueError("expected --out OUT, the file for the fused cube")
+    elif asked.blind:
+        raise ValueError("--blind is for --scene; leave out --srf and --psf instead")
+    if asked.out is not None:
+        _check_not_an_input(asked)
+        if not asked.no_figure:
+            need("matplotlib", extra="plot", purpose="drawing the picture (or give --no-figure)")
+    if asked.scene is not None or asked.reference is not None:
+        need("torchmetrics", extra="io", purpose="scoring")
+
+
+def _check_not_an_input(asked: argparse.Namespace) -> None:
+    inputs = (asked.hsi, asked.msi, asked.reference, asked.scene, asked.srf, asked.psf)
+    present = [Path(name) for name in inputs if name is not None and Path(name).exists()]
+    for output in (Path(asked.out), *_beside(asked)):
+        if output.exists() and any(output.samefile(path) for path in present):
+            raise ValueError(f"--out {asked.out}: {output} is an input; name another")
+
+
+def _beside(asked: argparse.Namespace) -> list[Path]:
+    """The figures and the picture that go beside the cube."""
+    if asked.out is None:
+        return []
+    endings = (".json",) if asked.no_figure else (".json", ".png")
+    return [Path(asked.out.rstrip("/") + ending) for ending in endings]
+
+
+def _in_input_units(fused: Tensor, peak: float, case: Case, cubes: Mapping[str, Cube]) -> Cube:
+    """The cube to write: times the peak, and placed on the ground where the MSI is."""
+    msi = cubes["msi"].metadata if cubes else {}
+    metadata: dict[str, Any] = {key: msi[key] for key in ("crs", "transform") if key in msi}
+    header = msi.get("envi", {})
+    place = ("map info", "coordinate system string", "projection info")
+    if any(key in header for key in place):
+        metadata["envi"] = {key: header[key] for key in place if key in header}
+    return Cube(fused.numpy() * np.float32(peak), case.wavelengths, metadata)
+
+
+def _record(
+    asked: argparse.Namespace,
+    case: Case,
+    cubes: Mapping[str, Cube],
+    peak: float,
+    figures: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """What was done with what, how well and how fast."""
+    inputs: dict[str, Any] = {"scene": case.name, "protocol": case.protocol}
+    for kind, cube in cubes.items():
+        inputs[kind] = {key: cube.metadata.get(key) for key in ("source", "format", "stored_dtype")}
+    return {
+        "fastfusion": __version__,
+        "method": asked.method,
+        "options": _options(asked.option),
+        "inputs": inputs,
+        "lr_hsi": case.lr_hsi.shape,
+        "hr_msi": case.hr_msi.shape,
+        "scale": case.scale,
+        "peak": peak,
+        "sensors": _sensors(case, asked.blind),
+        "outputs": [asked.out, *map(str, _beside(asked))],
+        "metrics": figures,
+        "conventions": {
+            "values": "metrics are of values divided by the peak; null: undefined or infinite",
+            **{name: text for name, text in CONVENTIONS.items() if name in figures},
+        },
+        "seconds": seconds,
+        "environment": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "system": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
+            "device": asked.device or "cpu",
+            "backend": asked.backend,
+        },
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+# ------------------------------------------------------------------------------------------------
+# evaluate
+# ------------------------------------------------------------------------------------------------
+
+
+def evaluate(asked: argparse.Namespace) -> None:
+    """Score each method on each scene; write tables and pictures."""
+    need("torchmetrics", extra="io", purpose="scoring")
+    if not asked.no_figures:
+        need("matplotlib", extra="plot", purpose="drawing the pictures (or give --no-figures)")
+    methods = [_method_and_options(text) for text in asked.methods]
+    scenes = [pair for text in asked.scenes for pair in _scene_and_scales(text)]
+    folder = Path(asked.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    displacement = {"shift": asked.shift, "rotation": asked.rotate, "zoom": asked.zoom}
+    rows: list[dict[str, Any]] = []
+    for name, scale in scenes:
+        case, _ = _case_from_scene(asked, name, scale, **displacement)
+        for method, options in methods:
+            start = time.perf_counter()
+            fused = run(case, method, blind=asked.blind, progress=asked.progress, **options)
+            seconds = time.perf_counter() - start
+            label = " ".join([method, *(f"{key}={value}" for key, value in options.items())])
+            figures = score(case, fused)
+            summary = _summary(case, label, figures, seconds)
+            rows.append(
+                {
+                    "scene": case.name,
+                    "scale": case.scale,
+                    "method": label,
+                    **figures,
+                    "seconds": seconds,
+                    "protocol": case.protocol,
+                    **_sensors(case, asked.blind),
+                    "threads": torch.get_num_threads(),
+                    "fastfusion": __version__,
+                }
+            )
+            print(f"[{len(rows)}/{len(scenes) * len(methods)}] {summary}", file=sys.stderr)
+            if not asked.no_figures:
+                picture = re.sub(r"[^\w.=-]+", "_", f"{case.name}_x{case.scale}_{label}") + ".png"
+                save_figure(folder / picture, _figure(case, fused, summary))
+            _write_text(folder / "table.csv", csv_table(rows))
+            _write_text(folder / "table.md", markdown_table(rows) + "\n")
+    print(markdown_table(rows))
+
+
+def _method_and_options(text: str) -> tuple[str, dict[str, Any]]:
+    """``"fsrvl:minutes=5,ablation=initial"`` in parts."""
+    name, _, options = text.partition(":")
+    return name, _options(options.split(",") if options else [])
+
+
+def _scene_and_scales(text: str) -> list[tuple[str, int | None]]:
+    """``"cave:sponges@4,8"``: the scene at scales 4 and 8; without scales, at its own."""
+    name, at, scales = text.rpartition("@")
+    if not at:
+        return [(text, None)]
+    if not re.fullmatch(r"\d+(,\d+)*", scales):
+        raise ValueError(f"--scenes {text}: expected NAME@N or NAME@N,N")
+    return [(name, int(scale)) for scale in scales.split(",")]
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
+# info
+# ------------------------------------------------------------------------------------------------
+
+
+def info(asked: argparse.Namespace) -> None:
+    """Print what is installed, compiled and loadable."""
+    facts = environment.info()
+    if asked.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if not isinstance(value, Mapping):
+            print(f"{name}: {value}")
+            continue
+        print(f"{name}:")
+        width = max(map(len, value), default=0)
+        for key, item in value.items():
+            print(f"  {key:{width}}  {', '.join(item) if isinstance(item, list) else item}")
+
+
+# ------------------------------------------------------------------------------------------------
+# What they share: arguments to cases, options and sensors; figures to lines
+# ------------------------------------------------------------------------------------------------
+
+
+def _case_from_files(asked: argparse.Namespace) -> tuple[Case, dict[str, Cube], float]:
+    """The pair in the files in [0, 1], the cubes as read, and what they were divided by."""
+    names = {"hsi": asked.hsi, "msi": asked.msi, "reference": asked.reference}
+    cubes = {
+        kind: _read(name, asked.bands_axis) for kind, name in names.items() if name is not None
+    }
+    hsi, msi = cubes["hsi"], cubes["msi"]
+    peak = asked.peak
+    if peak is None:
+        peak = _default_peak(cubes)
+    elif not (math.isfinite(peak) and peak > 0):
+        raise ValueError(f"--peak: expected a positive number, got {peak}")
+    images = {kind: torch.from_numpy(cube.normalized(peak).data) for kind, cube in cubes.items()}
+    scale = check_pair(images["hsi"], images["msi"])
+    if asked.scale not in (None, scale):
+        raise ValueError(f"--scale {asked.scale}: the MSI is {scale} times finer than the HSI")
+    shape = (hsi.bands, *msi.shape[1:])
+    if "reference" in cubes and cubes["reference"].shape != shape:
+        raise ValueError(
+            f"{asked.reference}: expected the shape of the result, {shape}, "
+            f"got {cubes['reference'].shape}"
+        )
+    case = Case(
+        Path(asked.hsi).stem,
+        "as given",
+        images["hsi"],
+        images["msi"],
+        images.get("reference"),
+        hsi.wavelengths,
+        _read_srf(asked.srf, hsi, msi) if asked.srf else None,
+        _degradation(asked.psf, scale),
+    )
+    return case, cubes, peak
+
+
+def _default_peak(cubes: Mapping[str, Cube]) -> float:
+    """1 for images in [0, 1]; else the largest value, with room above where there is no truth: a
+    detail may be brighter than any of the mixed pixels that it was seen in."""
+    largest = max(float(cube.data.max()) for cube in cubes.values())
+    if largest <= 1:
+        return 1.0
+    return largest if "reference" in cubes else 1.25 * largest
+
+
+def _case_from_scene(
+    asked: argparse.Namespace, name: str, scale: int | None, **displacement: float
+) -> tuple[Case, float]:
+    """The pair that a scene gives, and what its values were divided by to be in [0, 1]."""
+    scene = load_scene(name)
+    cube = scene.reference or scene.lr_hsi
+    assert cube is not None
+    srf = _read_srf(asked.srf, cube, scene.hr_msi) if asked.srf else None
+    degradation = _degradation(asked.psf, scale or scene.scale or 4)
+    case = case_of(scene, scale, srf=srf, degradation=degradation, **displacement)
+    return case, cube.metadata.get("peak", 1.0)
+
+
+def _read(name: str, bands_axis: int | None) -> Cube:
+    """The cube in ``FILE`` or ``FILE:VARIABLE``; all its values are finite."""
+    path, variable = name, None
+    if not Path(name).exists() and ":" in name:
+        path, _, variable = name.rpartition(":")
+    try:
+        cube = read_cube(path, variable=variable, bands_axis=bands_axis)
+    except ValueError as error:
+        ways = {"variable=": "say which as FILE:NAME", "bands_axis=": "say it by --bands-axis"}
+        way = next((way for word, way in ways.items() if word in str(error)), None)
+        raise ValueError(f"{error} ({way})" if way else str(error)) from error
+    cube.check_finite(name)
+    return cube
+
+
+def _read_srf(path: str, hsi: Cube, msi: Cube | None) -> Tensor:
+    """The response ``(g, G)`` of the MSI's bands in those of the HSI."""
+    try:
+        srf = read_srf(path, hsi.wavelengths)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    if srf.shape[1] != hsi.bands:
+        unknown = "" if hsi.wavelengths is not None else ", whose wavelengths are not known"
+        raise ValueError(
+            f"{path}: expected responses in the {hsi.bands} bands of the HSI{unknown}, "
+            f"got {srf.shape[1]}"
+        )
+    if msi is not None and srf.shape[0] != msi.bands:
+        raise ValueError(
+            f"{path}: expected the responses of the MSI's {msi.bands} bands, got {srf.shape[0]}"
+        )
+    return srf.float()
+
+
+def _degradation(kind: str | None, scale: int) -> Degradation | None:
+    """The blur and sampling that ``--psf`` names."""
+    if kind is None:
+        return None
+    name, _, sigma = kind.partition(":")
+    if name == "gaussian":
+        try:
+            return Degradation.gaussian(scale, float(sigma) if sigma else None)
+        except ValueError as error:
+            raise ValueError(f"--psf {kind}: expected gaussian:SIGMA, SIGMA above 0") from error
+    if name == "block":
+        return Degradation.block(scale)
+    psf = torch.from_numpy(_read_matrix(kind))
+    total = psf.sum().item()
+    if not (math.isfinite(total) and total > 0):
+        raise ValueError(f"--psf {kind}: expected finite weights with a positive sum")
+    return Degradation(psf / total, scale)
+
+
+def _read_matrix(path: str) -> np.ndarray:
+    if path.endswith(".npy"):
+        arrays = [np.load(path, allow_pickle=False)]
+    elif path.endswith(".mat"):
+        from scipy.io import loadmat
+
+        arrays = [value for name, value in loadmat(path).items() if not name.startswith("__")]
+    else:
+        raise ValueError(f"--psf {path}: expected gaussian, gaussian:SIGMA, block, .npy or .mat")
+    matrices = [array for array in arrays if array.ndim == 2 and array.dtype.kind in "uif"]
+    if len(matrices) != 1:
+        raise ValueError(f"--psf {path}: expected one matrix of numbers, got {len(matrices)}")
+    return matrices[0].astype(np.float64)
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    """``["local=False", "minutes=5"]`` as keyword arguments."""
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()):
+            raise ValueError(f"option {text!r}: expected NAME=VALUE, such as local=False")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value  # a word
+    return options
+
+
+def _sensors(case: Case, blind: bool) -> dict[str, str]:
+    """Whether the method was told the sensors."""
+    known = {"srf": case.srf, "psf": case.degradation}
+    return {
+        name: "estimated" if blind or value is None else "given" for name, value in known.items()
+    }
+
+
+def _figure(case: Case, fused: Tensor, title: str) -> Any:
+    return fusion_figure(
+        fused,
+        case.lr_hsi,
+        case.hr_msi,
+        reference=case.reference,
+        wavelengths=case.wavelengths,
+        srf=case.srf,
+        degradation=case.degradation,
+        title=title,
+    )
+
+
+_FORMS = {
+    "psnr": "PSNR {:.2f} dB",
+    "sam": "SAM {:.2f}°",
+    "ergas": "ERGAS {:.2f}",
+    "ssim": "SSIM {:.4f}",
+    "d_lambda": "D_lambda {:.4f}",
+    "d_s": "D_s {:.4f}",
+    "qnr": "QNR {:.4f}",
+}
+
+
+def _summary(case: Case, method: str, figures: Mapping[str, float], seconds: float) -> str:
+    said = [form.format(figures[name]) for name, form in _FORMS.items() if name in figures]
+    return ", ".join([f"{case.name} x{case.scale} by {method}", *said, f"{seconds:.2f} s"])
+
+
+class _Clock:
+    """Seconds from lap to lap, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self._last, 4)
+        self._last = now
