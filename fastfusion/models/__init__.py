@@ -1,0 +1,6 @@
+"""The systems of the papers, and a closed form to measure them by."""
+
+from fastfusion.models.base import FusionModel
+from fastfusion.models.lso import LSO
+
+__all__ = ["LSO", "FusionModel"]
