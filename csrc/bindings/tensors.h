@@ -61,9 +61,11 @@ inline Tensor empty_image(const Tensor& x, const std::vector<int64_t>& shape) {
                               layout_of(x));
 }
 
-inline Tensor empty_image_like(const Tensor& x) {
-  return empty_image(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+inline std::vector<int64_t> shape_of(const Tensor& x) {
+  return {x.sizes().begin(), x.sizes().end()};
 }
+
+inline Tensor empty_image_like(const Tensor& x) { return empty_image(x, shape_of(x)); }
 
 // An uninitialised contiguous tensor with the dtype of x.
 inline Tensor empty_tensor(const Tensor& x, const std::vector<int64_t>& shape) {

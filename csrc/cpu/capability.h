@@ -21,20 +21,30 @@ Capability capability();
 }  // namespace fastfusion
 
 #if defined(__x86_64__)
-#define FF_DECLARE(...)                      \
-  namespace fastfusion {                     \
-  namespace baseline { __VA_ARGS__; }        \
-  namespace avx2 { __VA_ARGS__; }            \
-  namespace avx512 { __VA_ARGS__; }          \
+#define FF_DECLARE(...)  \
+  namespace fastfusion { \
+  namespace baseline {   \
+  __VA_ARGS__;           \
+  }                      \
+  namespace avx2 {       \
+  __VA_ARGS__;           \
+  }                      \
+  namespace avx512 {     \
+  __VA_ARGS__;           \
+  }                      \
   }
-#define FF_CALL(function)                                                                   \
-  (::fastfusion::capability() == ::fastfusion::Capability::kAvx512 ? ::fastfusion::avx512::function \
-   : ::fastfusion::capability() == ::fastfusion::Capability::kAvx2 ? ::fastfusion::avx2::function   \
-                                                            : ::fastfusion::baseline::function)
+#define FF_CALL(function)                                          \
+  (::fastfusion::capability() == ::fastfusion::Capability::kAvx512 \
+       ? ::fastfusion::avx512::function                            \
+   : ::fastfusion::capability() == ::fastfusion::Capability::kAvx2 \
+       ? ::fastfusion::avx2::function                              \
+       : ::fastfusion::baseline::function)
 #else
-#define FF_DECLARE(...) \
-  namespace fastfusion {                     \
-  namespace baseline { __VA_ARGS__; }        \
+#define FF_DECLARE(...)  \
+  namespace fastfusion { \
+  namespace baseline {   \
+  __VA_ARGS__;           \
+  }                      \
   }
 #define FF_CALL(function) (::fastfusion::baseline::function)
 #endif

@@ -77,8 +77,7 @@ template <int N, typename F>
 FF_INLINE void unroll(const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     (f(std::integral_constant<int, I>()), ...);
-  }
-  (std::make_integer_sequence<int, N>());
+  }(std::make_integer_sequence<int, N>());
 }
 
 // -- one value ------------------------------------------------------------------------------------
