@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -105,13 +106,15 @@ class Backend:
     """One way to compute an operator.
 
     ``why_not`` says what the backend cannot do; ``declines`` what it can, but slower than the next
-    one, so that "auto" leaves it to that.
+    one, so that "auto" leaves it to that. ``exact`` promises results in the layout of the fake
+    kernels and in memory of their own; those of the others are brought to that.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     why_not: Callable[..., str | None]
     declines: Callable[..., str | None]
+    exact: bool = False
 
 
 def _nothing_against(*args: Any) -> None:
@@ -165,6 +168,8 @@ class Operator:
                 reference, self._reference_backward, _nothing_against, _nothing_against
             )
         }
+        self._batched = [i for i in self.tensors if self.argument_names[i] in batched]
+        self._cpp: str | None = None  # why there are no compiled kernels; "" where there are
         self._define(head, returns)
         OPERATORS[self.name] = self
 
@@ -178,9 +183,10 @@ class Operator:
         backward: Callable[..., Any],
         why_not: Callable[..., str | None],
         declines: Callable[..., str | None] = _nothing_against,
+        exact: bool = False,
     ) -> None:
         """Add another way to compute this operator; see :class:`Backend`."""
-        self.backends[name] = Backend(forward, backward, why_not, declines)
+        self.backends[name] = Backend(forward, backward, why_not, declines, exact)
 
     def add_cpp(
         self,
@@ -204,20 +210,21 @@ class Operator:
 
         self.add_backend(
             "cpp",
-            forward=lambda *args: native.kernel(native.CPU, self.name)(*args),
-            backward=lambda *args: native.kernel(native.CPU, f"{self.name}_backward")(*args),
+            forward=_compiled(self.name),
+            backward=_compiled(f"{self.name}_backward"),
             why_not=reason,
             declines=declines,
+            exact=True,
         )
 
     def why_no_cpp(self) -> str | None:
         """None when the compiled CPU library is there and holds this operator's kernels."""
-        missing = native.why_not(native.CPU)
-        if missing is None:
+        if self._cpp is None:
+            self._cpp = native.why_not(native.CPU) or ""
             for name in (self.name, f"{self.name}_backward"):
-                if not native.holds(native.CPU, name):
-                    missing = f"the compiled CPU library has no kernel for {name}"
-        return missing
+                if not self._cpp and not native.holds(native.CPU, name):
+                    self._cpp = f"the compiled CPU library has no kernel for {name}"
+        return self._cpp or None
 
     def why_not(self, name: str, *args: Any) -> str | None:
         """None when the backend can compute this operator on these arguments, else the reason."""
@@ -234,11 +241,13 @@ class Operator:
                 raise RuntimeError(f"{self.name}: backend {wish!r} cannot run this: {reason}")
             return self.backends[wish]
         for name in BACKENDS:
-            reason = self.why_not(name, *args)
-            if reason is None:
-                reason = self.backends[name].declines(*args)
-            if reason is None:
-                return self.backends[name]
+            candidate = self.backends.get(name)
+            if candidate is None:
+                reason: str | None = "not written yet"
+            else:
+                reason = candidate.why_not(*args) or candidate.declines(*args)
+                if reason is None:
+                    return candidate
             log.debug("%s: not %s: %s", self.name, name, reason)
         raise AssertionError("the reference backend takes everything")
 
@@ -296,17 +305,20 @@ class Operator:
         *args, wish = args  # type: ignore[assignment]
         if self._empty(args):
             return _map(torch.zeros_like, self.fake(*args))
-        result = self.choose(wish, *args).forward(*args)
-        return _conform(result, _layout_if_image(args[0], result), args)
+        chosen = self.choose(wish, *args)
+        result = chosen.forward(*args)
+        return result if chosen.exact else _conform(result, self.fake(*args), args)
 
     def _backward(self, *args: Any) -> Any:
         *args, mask, wish = args  # type: ignore[assignment]
-        grads, inputs = args[: self.outputs], args[self.outputs :]
-        shapes = self._fake_backward(*args, mask, wish)
+        inputs = args[self.outputs :]
         if self._empty(inputs) or not any(mask):
-            return _map(torch.zeros_like, shapes)
-        result = self.choose(wish, *inputs).backward(*grads, *inputs, mask)
-        return _conform(result, _map(layout_of, shapes), args)
+            return _map(torch.zeros_like, self._fake_backward(*args, mask, wish))
+        chosen = self.choose(wish, *inputs)
+        result = chosen.backward(*args, mask)
+        if chosen.exact:
+            return result
+        return _conform(result, self._fake_backward(*args, mask, wish), args)
 
     def _fake_backward(self, *args: Any) -> Any:
         *args, mask, _ = args  # type: ignore[assignment]
@@ -344,11 +356,7 @@ class Operator:
 
     def _empty(self, inputs: Sequence[Any]) -> bool:
         """Whether there is nothing to compute: an image with no pixel or a batch with no image."""
-        return any(
-            inputs[index].numel() == 0
-            for index in self.tensors
-            if self.argument_names[index] in self.batched
-        )
+        return any(inputs[index].numel() == 0 for index in self._batched)
 
     # -- autograd ------------------------------------------------------------------------------
 
@@ -551,21 +559,22 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-def _layout_if_image(x: Tensor, result: Any) -> Any:
-    """Images keep the layout of the input image; anything else is contiguous."""
-    layout = layout_of(x)
-    return _map(lambda y: layout if y.dim() == 4 else torch.contiguous_format, result)
+def _compiled(name: str) -> Callable[..., Any]:
+    """A kernel of the compiled CPU library, looked up at its first call."""
+    lookup = functools.cache(lambda: native.kernel(native.CPU, name))
+    return lambda *args: lookup()(*args)
 
 
-def _conform(result: Any, layouts: Any, inputs: Sequence[Any]) -> Any:
-    """Give the result the promised layout, and memory of its own."""
+def _conform(result: Any, promised: Any, inputs: Sequence[Any]) -> Any:
+    """Give the result the layout of the fake kernel's, and memory of its own."""
     taken = {
         value.untyped_storage().data_ptr()
         for value in inputs
         if isinstance(value, Tensor) and value.numel()
     }
     conformed = []
-    for value, layout in zip(_as_tuple(result), _as_tuple(layouts), strict=True):
+    for value, like in zip(_as_tuple(result), _as_tuple(promised), strict=True):
+        layout = layout_of(like)
         value = value.contiguous(memory_format=layout)
         if value.numel():
             pointer = value.untyped_storage().data_ptr()
