@@ -1,6 +1,7 @@
 """The systems of the papers, and a closed form to measure them by."""
 
 from fastfusion.models.base import FusionModel
+from fastfusion.models.cofusion import CoFusion
 from fastfusion.models.lso import LSO
 
-__all__ = ["LSO", "FusionModel"]
+__all__ = ["LSO", "CoFusion", "FusionModel"]

@@ -84,12 +84,9 @@ class LSO(ResidualModel):
         self.decoders = nn.ModuleList(
             conv_pair(joined, joined // 2, width) for _ in range(LEVELS - 1)
         )
-        self.head = nn.Sequential(
-            conv3x3(width, width),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, hsi_bands, 1),
-        )
-        self.start_from_prior(self.head[-1])
+        last = nn.Conv2d(width, hsi_bands, 1)
+        self.head = nn.Sequential(conv3x3(width, width), nn.LeakyReLU(0.2, inplace=True), last)
+        self.start_from_prior(last)
 
     def correction(self, prior: Tensor, hr_msi: Tensor) -> Tensor:
         x = self.guide(torch.cat([hr_msi, prior], dim=1))
@@ -174,10 +171,10 @@ def conv_pair(in_channels: int, middle: int, out_channels: int) -> nn.Sequential
 def _coordinates(x: Tensor) -> Tensor:
     """Row and column of each pixel in [0, 1], ends included: ``(B, 2, H, W)``."""
     batch, _, rows, columns = x.shape
-    kind = {"dtype": x.dtype, "device": x.device}
-    down = torch.linspace(0, 1, rows, **kind)[:, None].expand(rows, columns)
-    across = torch.linspace(0, 1, columns, **kind).expand(rows, columns)
-    return torch.stack([down, across]).expand(batch, -1, -1, -1)
+    down = torch.linspace(0, 1, rows, dtype=x.dtype, device=x.device)
+    across = torch.linspace(0, 1, columns, dtype=x.dtype, device=x.device)
+    grid = torch.stack([down[:, None].expand(rows, columns), across.expand(rows, columns)])
+    return grid.expand(batch, -1, -1, -1)
 
 
 def _halved(x: Tensor) -> Tensor:

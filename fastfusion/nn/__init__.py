@@ -1,5 +1,6 @@
 """Layers over the operators, and the blocks of the papers."""
 
+from fastfusion.nn.cofusion import SSCFM, MultiScaleGenerator, SpaCAM, SpeCAM
 from fastfusion.nn.layers import (
     CoordinateMixing,
     DepthwiseConv2d,
@@ -13,6 +14,7 @@ from fastfusion.nn.layers import (
 )
 
 __all__ = [
+    "SSCFM",
     "CoordinateMixing",
     "DepthwiseConv2d",
     "FrequencyFilter2d",
@@ -21,5 +23,8 @@ __all__ = [
     "HaarSplit2d",
     "LargeKernelAttention",
     "LatentOperator2d",
+    "MultiScaleGenerator",
     "MultiscaleAttention",
+    "SpaCAM",
+    "SpeCAM",
 ]

@@ -1,6 +1,6 @@
 """LSO written down a second time, from the description of the authors' network and with its names.
 
-Plain modules, whole sine and cosine tensors, einsum attention: slow, and independent of the library.
+Plain modules, whole sine and cosine tensors, einsum attention: slow, independent of the library.
 """
 
 from __future__ import annotations
