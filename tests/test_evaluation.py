@@ -154,6 +154,8 @@ def test_the_reference_stays_with_the_msi_when_the_hsi_is_displaced(scene):
     still, moved = case_of(scene, 3), case_of(scene, 3, shift=0.5, rotation=1)
     torch.testing.assert_close(moved.reference, still.reference)
     torch.testing.assert_close(moved.hr_msi, still.hr_msi)
+    expected = Degradation.gaussian(3)(displaced(still.reference, 0.5, 1))
+    torch.testing.assert_close(moved.lr_hsi, expected)
     assert not torch.allclose(moved.lr_hsi, still.lr_hsi, atol=1e-2)
     assert moved.protocol == "Wald, HSI moved 0.5 pixels, turned 1 degrees, zoomed 1"
 

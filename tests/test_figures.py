@@ -68,6 +68,19 @@ def test_the_materials_are_found(fusion):
     assert len({(row // 24, column // 32) for row, column in points}) == 3
 
 
+def test_the_window_of_a_large_image():
+    gain = torch.zeros(400, 300)
+    gain[310:350, 200:240] = 1
+    rows, columns = figures._best_window(gain)
+    assert (rows.stop - rows.start, columns.stop - columns.start) == (75, 75)
+    assert rows.start <= 310 and rows.stop >= 350
+    assert columns.start <= 200 and columns.stop >= 240
+
+
+def test_points_differ_even_where_spectra_do_not():
+    assert len(set(figures._different_spectra(torch.ones(5, 6, 6), (12, 12)))) == 3
+
+
 def test_the_spectra_drawn_are_those_of_the_point(fusion):
     figure = figures.fusion_figure(**fusion)
     axes = next(a for a in figure.axes if a.get_title() == "Point 4: row 40, column 10")
