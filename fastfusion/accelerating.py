@@ -145,10 +145,15 @@ def _depthwise_forward(self: Any, input: Tensor) -> Tensor:
 
 
 def _large_kernel_attention(module: nn.Module) -> _Found | None:
-    parts = [getattr(module, name, None) for name in ("conv0", "conv_spatial", "conv1")]
-    if not all(isinstance(part, nn.Conv2d) for part in parts):
+    local, context, mix = (
+        getattr(module, name, None) for name in ("conv0", "conv_spatial", "conv1")
+    )
+    if not (
+        isinstance(local, nn.Conv2d)
+        and isinstance(context, nn.Conv2d)
+        and isinstance(mix, nn.Conv2d)
+    ):
         return None
-    local, context, mix = parts
     kind = "large-kernel attention"
     fits = [_depthwise(part) if type(part) is nn.Conv2d else None for part in (local, context)]
     if any(fit is None or fit[2] is None for fit in fits) or mix.kernel_size != (1, 1):
@@ -191,10 +196,10 @@ def _spectral_block(module: nn.Module) -> _Found | None:
         return None
     kind = "latent operator"
     latent, series = module.latent, module.weights
+    patch: Any = module.patch_size
     if not (isinstance(latent, Tensor) and latent.dim() == 3 and isinstance(series, Tensor)):
         return kind, "not covered: its prompts are no (heads, tokens, width) tensor", None, 0, ()
     channels = latent.shape[0] * latent.shape[2]
-    patch = module.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else patch
     for forward in (_lsm_forward, _lso_forward):
         if _difference(module, forward, channels, (2 * rows, 3 * columns)) is None:
@@ -263,9 +268,9 @@ def _difference(
             return f"it cannot be compared: {str(error).splitlines()[0]}"
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return "its output has another shape than the operator's"
-    error = (expected - found).norm() / expected.norm().clamp(min=1e-30)
-    if not error <= _CLOSE:
-        return f"its output differs from the operator's by {error:.1e}"
+    distance = (expected - found).norm() / expected.norm().clamp(min=1e-30)
+    if not distance <= _CLOSE:
+        return f"its output differs from the operator's by {distance:.1e}"
     return None
 
 
@@ -286,7 +291,8 @@ def _fast_class(original: type, forward: Forward) -> type:
 
 
 def _rebuild(original: type, forward: Forward) -> Any:
-    return _fast_class(original, forward).__new__(_fast_class(original, forward))
+    fast: Any = _fast_class(original, forward)
+    return fast.__new__(fast)
 
 
 def _seconds(model: nn.Module, example: Any) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
-    np.random.seed(0)
 
 
 @pytest.fixture(autouse=True)
