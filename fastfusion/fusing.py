@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -50,15 +52,16 @@ def fuse(
             by one peak); ``H = scale * h`` and ``W = scale * w``.
         method: ``"regression"`` (a closed form, about a second a scene), ``"fsrvl"`` (a network
             that is fitted to this pair alone, minutes) or ``"bicubic"`` (no fusion, to compare
-            with). ``"lso"`` and ``"cofusion"`` need trained weights.
+            with). ``"lso"`` and ``"cofusion"`` are networks trained beforehand: they need
+            ``weights=``, a file written by their ``save``.
         srf: ``(g, G)``, the multispectral sensor's response; by default estimated from the pair.
         psf: the hyperspectral sensor's point spread function, 2-D with sum 1, or a `Degradation`,
             which tells its sampling offset and boundary too; by default estimated from the pair.
         backend: the kernels that operators run on; one asked for by name runs or raises.
         device: where to compute; by default where ``lr_hsi`` is.
         progress: show a bar with the time left where a method takes long.
-        options: of the method: those of `fastfusion.models.regression`, or of the constructor and
-            ``fit`` of `fastfusion.models.FSRVL`.
+        options: of the method: those of `fastfusion.models.regression.regression`; of the constructor and
+            ``fit`` of `fastfusion.models.FSRVL`; ``weights`` of a trained network.
 
     Returns:
         ``(G, H, W)`` or ``(B, G, H, W)``: a tensor or an array as ``lr_hsi`` is one, of its dtype
@@ -102,7 +105,7 @@ def _regression(
     progress: bool,
     **options: Any,
 ) -> Tensor:
-    from fastfusion.models import regression
+    from fastfusion.models.regression import regression
 
     return regression(lr_hsi, hr_msi, srf=srf, psf=psf, **options)
 
@@ -117,7 +120,7 @@ def _fsrvl(
     **options: Any,
 ) -> Tensor:
     """Fit a network to each pair of the batch and apply it to that pair."""
-    from fastfusion.models import FSRVL
+    from fastfusion.models.fsrvl import FSRVL
 
     to_fit = inspect.signature(FSRVL.fit).parameters
     fitting = {name: value for name, value in options.items() if name in to_fit}
@@ -132,6 +135,34 @@ def _fsrvl(
     return torch.cat(fused)
 
 
+def _trained(
+    kind: str,
+    lr_hsi: Tensor,
+    hr_msi: Tensor,
+    *,
+    srf: Tensor | None,
+    psf: Tensor | Degradation | None,
+    progress: bool,
+    weights: str | os.PathLike[str] | None = None,
+) -> Tensor:
+    """Apply a network that was trained beforehand, on the prior that it was trained on."""
+    from fastfusion import models
+    from fastfusion.models.regression import regression
+
+    if weights is None:
+        raise Unavailable(
+            f"method {kind.lower()!r} needs trained weights, which this version does not bring: "
+            f"name a file of {kind}.save as weights=, or take a method that needs no training"
+        )
+    model = getattr(models, kind).load(weights, device=lr_hsi.device)
+    low, high = lr_hsi.float(), hr_msi.float()
+    prior = None
+    if model.prior == "regression":
+        prior = regression(low, high, srf=srf, psf=psf)
+    with torch.no_grad():
+        return model(low, high, prior).clamp(0, 1)
+
+
 def _bicubic(
     lr_hsi: Tensor,
     hr_msi: Tensor,
@@ -144,23 +175,19 @@ def _bicubic(
     return F.interpolate(lr_hsi, size, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-#: The methods that this version has.
+#: The methods, by the name that `fuse` knows them by.
 METHODS: dict[str, Callable[..., Tensor]] = {
     "regression": _regression,
     "fsrvl": _fsrvl,
+    "lso": functools.partial(_trained, "LSO"),
+    "cofusion": functools.partial(_trained, "CoFusion"),
     "bicubic": _bicubic,
 }
-_UNTRAINED = ("lso", "cofusion")
 
 
 def _method(name: str) -> Callable[..., Tensor]:
     if not isinstance(name, str):
         raise TypeError(f"method: expected a name, got {type(name).__name__}")
-    if name in _UNTRAINED:
-        raise Unavailable(
-            f"method {name!r} needs trained weights, and this version has none; "
-            f"{', '.join(METHODS)} need no training"
-        )
     if name not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
