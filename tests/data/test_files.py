@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -792,7 +794,7 @@ from fastfusion.data import Cube, write_cube
 from fastfusion.data.formats import matlab
 
 folder = sys.argv[1]
-cube = Cube(np.random.default_rng(0).random((7, 40, 50), np.float32))
+cube = Cube(np.random.default_rng(0).random((7, 140, 150), np.float32))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # bytes that a file may grow to
 outcome = {}
 for name in sys.argv[2:]:
@@ -820,6 +822,34 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     for name, message in outcome.items():
         assert f"cannot write {tmp_path / name}: " in message
     assert names(tmp_path) == []
+
+
+CTRL_C = """
+import sys
+import numpy as np
+import zarr
+from fastfusion.data import Cube, write_cube
+
+cube = Cube(np.random.default_rng(0).random((31, 900, 900), np.float32))
+print("writing", flush=True)
+try:
+    write_cube(sys.argv[1], cube)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_stops_the_threads_of_zarr_too(tmp_path):
+    """They would go on and bring the temporary folder back after it was removed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CTRL_C, str(tmp_path / "a.zarr")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert names(tmp_path) == ([] if said == "interrupted\n" else ["a.zarr"])
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])

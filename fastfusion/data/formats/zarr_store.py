@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +53,38 @@ def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
 
 
 def save(path: Path, cube: Cube) -> None:
-    """Fill the empty folder ``path``, a row of chunks in memory at a time."""
+    """Fill the empty folder ``path``, a chunk in memory at a time.
+
+    zarr writes in threads of its own, and leaves them running when Ctrl-C comes between or another
+    chunk fails. So it is given one chunk at a time, from a thread that Ctrl-C does not reach and
+    that is waited for: when this function is left, nobody writes any more.
+    """
     zarr = need("zarr", extra="io", purpose="writing zarr stores")
     bands, rows, columns = cube.shape
     attributes: dict[str, Any] = {COMPLETE: True, "metadata": _as_json(cube.metadata)}
     if cube.wavelengths is not None:
         attributes["wavelengths"] = cube.wavelengths.tolist()
-    array = zarr.create_array(
-        path,
-        shape=cube.shape,
-        dtype=cube.data.dtype.newbyteorder("="),
-        chunks=(bands, min(rows, CHUNK_SIDE), min(columns, CHUNK_SIDE)),
-        dimension_names=("band", "row", "column"),
-        attributes=attributes,
-        config={"write_empty_chunks": True},
-    )
-    for row in range(0, rows, CHUNK_SIDE):
-        array[:, row : row + CHUNK_SIDE] = np.asarray(cube.data[:, row : row + CHUNK_SIDE])
+
+    def create() -> Any:
+        return zarr.create_array(
+            path,
+            shape=cube.shape,
+            dtype=cube.data.dtype.newbyteorder("="),
+            chunks=(bands, min(rows, CHUNK_SIDE), min(columns, CHUNK_SIDE)),
+            dimension_names=("band", "row", "column"),
+            attributes=attributes,
+            config={"write_empty_chunks": True},
+        )
+
+    def write(array: Any, row: int, column: int) -> None:
+        chunk = slice(None), slice(row, row + CHUNK_SIDE), slice(column, column + CHUNK_SIDE)
+        array[chunk] = np.asarray(cube.data[chunk])
+
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        array = writer.submit(create).result()
+        for row in range(0, rows, CHUNK_SIDE):
+            for column in range(0, columns, CHUNK_SIDE):
+                writer.submit(write, array, row, column).result()
 
 
 def is_zarr(path: Path) -> bool:
