@@ -243,7 +243,7 @@ class Operator:
         for name in BACKENDS:
             candidate = self.backends.get(name)
             if candidate is None:
-                reason: str | None = "not written yet"
+                reason = "not written yet"
             else:
                 reason = candidate.why_not(*args) or candidate.declines(*args)
                 if reason is None:
