@@ -106,17 +106,15 @@ class FusionModel(nn.Module):
             ImportError: safetensors is not installed.
         """
         safetensors = need("safetensors.torch", extra="train", purpose="saving a model")
-        config = json.dumps(self.config)
+        metadata = {
+            "model": type(self).__name__,
+            "config": json.dumps(self.config),
+            "fastfusion": __version__,
+        }
         tensors = {
             name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
         }
-        model = type(self).__name__
-        metadata = {
-            "model": model,
-            "config": config,
-            "fastfusion": __version__,
-            "sha256": _digest(model, config, tensors),
-        }
+        metadata["sha256"] = _digest(metadata, tensors)
         with atomic_path(path) as temporary:
             temporary.write_bytes(safetensors.save(tensors, metadata))
 
@@ -269,13 +267,15 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     metadata = header.get("__metadata__", {})
     if not {"model", "config", "sha256"} <= metadata.keys():
         raise ValueError(f"{path} is no checkpoint of fastfusion: it has no model's configuration")
-    if _digest(metadata["model"], metadata["config"], tensors) != metadata["sha256"]:
+    if _digest(metadata, tensors) != metadata.pop("sha256"):
         raise ValueError(f"{path} was damaged or changed since it was written")
     return metadata, tensors
 
 
-def _digest(model: str, config: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(f"{model}\n{config}".encode())
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of everything in the file but the digest itself."""
+    rest = sorted((name, value) for name, value in metadata.items() if name != "sha256")
+    digest = hashlib.sha256(json.dumps(rest).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
