@@ -10,6 +10,7 @@ import math
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ def _check_usage(asked: argparse.Namespace) -> None:
         raise ValueError("--blind is for --scene; leave out --srf and --psf instead")
     if asked.out is not None:
         _check_not_an_input(asked)
+        _check_format(asked.out)
         if not asked.no_figure:
             need("matplotlib", extra="plot", purpose="drawing the picture (or give --no-figure)")
     if asked.scene is not None or asked.reference is not None:
@@ -110,6 +112,15 @@ def _check_not_an_input(asked: argparse.Namespace) -> None:
     for output in (Path(asked.out), *_beside(asked)):
         if output.exists() and any(output.samefile(path) for path in present):
             raise ValueError(f"--out {asked.out}: {output} is an input; name another")
+
+
+def _check_format(out: str) -> None:
+    """Raise now what would stop the cube from being written after the work: try it on one pixel."""
+    with tempfile.TemporaryDirectory() as room:
+        try:
+            write_cube(Path(room, Path(out).name), Cube(np.zeros((1, 1, 1), np.float32)))
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{room}/", "")) from error
 
 
 def _beside(asked: argparse.Namespace) -> list[Path]:

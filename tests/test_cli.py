@@ -326,7 +326,11 @@ def test_a_folder_that_cannot_be_written(files, capsys):
     ],
 )
 def test_trouble_on_the_way(files, capsys, monkeypatch, where, error, says):
-    def fail(*_, **__):
+    work = getattr(commands, where)
+
+    def fail(*arguments, **options):
+        if where == "write_cube" and arguments[1].data.size == 1:
+            return work(*arguments, **options)  # the trial before the work
         raise error
 
     Path("x.npy.json").write_text("an earlier result")
