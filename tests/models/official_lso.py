@@ -28,11 +28,8 @@ class OfficialLSO(nn.Module):
     def forward(self, lr_hsi, msi):
         lms = F.interpolate(lr_hsi, scale_factor=self.scale, mode="bicubic", align_corners=False)
         x = self.spatial_encoder(torch.cat([msi, lms], 1))
-        rows, columns = x.shape[-2:]
-        grid = torch.meshgrid(
-            torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij"
-        )
-        grid = torch.stack(grid)[None].repeat(x.shape[0], 1, 1, 1).to(x)
+        lines = [torch.linspace(0, 1, n, dtype=x.dtype) for n in x.shape[-2:]]
+        grid = torch.stack(torch.meshgrid(*lines, indexing="ij"))[None].repeat(len(x), 1, 1, 1)
         x1 = self.inc(torch.cat([x, grid], 1))
         x2 = self.down1(x1)
         x3 = self.down2(x2)
