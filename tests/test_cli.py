@@ -212,9 +212,12 @@ def test_one_of_several_arrays(files, capsys):
         (["fuse", "--scene", "demo", "--peak", "3"], "--peak does not go with --scene"),
         (["fuse", "--scene", "atlantis"], "no scene is called 'atlantis'"),
         (["fuse", "--scene", "demo", "--scale", "x"], "invalid int value: 'x'"),
-        (["fuse", "--scene", "demo", "--scale", "1"], "scale: expected 2 to 256"),
-        (["fuse", "--scene", "demo", "--psf", "square"], "expected gaussian, gaussian:SIGMA"),
-        (["fuse", "--scene", "demo", "--psf", "gaussian:-1"], "SIGMA above 0"),
+        (["fuse", "--scene", "reference.npy", "--scale", "1"], "scale: expected 2 to 48"),
+        (
+            ["fuse", "--scene", "reference.npy", "--psf", "square"],
+            "expected gaussian, gaussian:SIGMA",
+        ),
+        (["fuse", "--scene", "reference.npy", "--psf", "gaussian:-1"], "SIGMA above 0"),
         ([*PAIR, "--out", "x.npy", "--scale", "8"], "the MSI is 4 times finer"),
         ([*PAIR, "--out", "x.npy", "--method", "magic"], "invalid choice: 'magic'"),
         ([*PAIR, "--out", "x.npy", "--method", "lso"], "needs trained weights"),
@@ -335,7 +338,8 @@ def test_trouble_on_the_way(files, capsys, monkeypatch, where, error, says):
 
     Path("x.npy.json").write_text("an earlier result")
     monkeypatch.setattr(commands, where, fail)
-    assert says in refused(capsys, files, *PAIR, "--out", "x.npy", status=1)
+    plain = [] if where == "save_figure" else ["--no-figure"]
+    assert says in refused(capsys, files, *PAIR, "--out", "x.npy", *plain, status=1)
 
 
 def test_debug_shows_where(files, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 
 import numpy as np
@@ -174,11 +175,19 @@ def test_scores_with_a_reference(scene):
     assert figures["psnr"] == metrics.psnr(fused, case.reference).item()
 
 
-def test_scores_without_a_reference(scenes):
-    case = case_of(load_scene("tg1"))
-    figures = score(case, run(case, "bicubic"))
+def test_scores_without_a_reference():
+    cube = Cube(np.random.default_rng(0).random((5, 33, 36), dtype=np.float32))
+    case = case_of(Scene("small", "", reference=cube), 3)
+    fused, truth = run(case, "bicubic"), case.reference
+    case = dataclasses.replace(case, reference=None)
+    figures = score(case, fused)
     assert set(figures) == {"d_lambda", "d_s", "qnr", "rmse_lr_hsi", "rmse_hr_msi"}
     assert figures["qnr"] == pytest.approx((1 - figures["d_lambda"]) * (1 - figures["d_s"]))
+    best = score(case, truth)  # the truth explains both images
+    assert best["rmse_lr_hsi"] < 1e-6 > best["rmse_hr_msi"]
+    assert figures["rmse_lr_hsi"] > 1e-2 < figures["rmse_hr_msi"]
+    unknown = dataclasses.replace(case, srf=None, degradation=None)
+    assert set(score(unknown, fused)) == {"d_lambda"}
 
 
 def test_images_smaller_than_the_windows():

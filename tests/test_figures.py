@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -107,52 +109,53 @@ def test_without_reference_consistency_is_shown(fusion):
     assert any(title.startswith("Change to bicubic") for title in shown)
 
 
+def draw(figure) -> None:
+    """All that can fail when it is drawn, in few pixels."""
+    figure.savefig(io.BytesIO(), dpi=25)
+
+
 @pytest.mark.parametrize(
     ("bands", "msi_bands", "low", "scale"),
     [(2, 2, (1, 1), 4), (1, 1, (3, 40), 4), (9, 4, (40, 3), 2)],
 )
-def test_odd_shapes(bands, msi_bands, low, scale, tmp_path):
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_odd_shapes(bands, msi_bands, low, scale, with_reference):
     high = (low[0] * scale, low[1] * scale)
-    for reference in (None, torch.rand(bands, *high)):
-        figure = figures.fusion_figure(
-            torch.rand(bands, *high),
-            torch.rand(bands, *low),
-            torch.rand(msi_bands, *high),
-            reference=reference,
+    images = torch.rand(bands, *high), torch.rand(bands, *low), torch.rand(msi_bands, *high)
+    draw(
+        figures.fusion_figure(
+            *images, reference=torch.rand(bands, *high) if with_reference else None
         )
-        figures.save_figure(tmp_path / "odd.png", figure)
-
-
-def test_perfect_flat_black_and_missing_values(fusion, tmp_path):
-    figures.save_figure(
-        tmp_path / "perfect.png", figures.fusion_figure(**{**fusion, "fused": fusion["reference"]})
     )
+
+
+def test_perfect_flat_black_and_missing_values(fusion):
+    draw(figures.fusion_figure(**{**fusion, "fused": fusion["reference"]}))
     black = {name: torch.zeros_like(fusion[name]) for name in ("fused", "lr_hsi", "hr_msi")}
-    figures.save_figure(
-        tmp_path / "black.png", figures.fusion_figure(**black, reference=black["fused"])
-    )
+    draw(figures.fusion_figure(**black, reference=black["fused"]))
     fusion["fused"][:, 3, 4] = torch.nan
-    figures.save_figure(tmp_path / "nan.png", figures.fusion_figure(**fusion))
+    draw(figures.fusion_figure(**fusion))
 
 
 def test_bad_input(fusion, tmp_path):
-    def draw(**changes):
+    def drawn(**changes):
         figures.fusion_figure(**{**fusion, **changes})
 
     with pytest.raises(TypeError, match="fused: expected a tensor, got ndarray"):
-        draw(fused=fusion["fused"].numpy())
+        drawn(fused=fusion["fused"].numpy())
     with pytest.raises(ValueError, match=r"fused: expected \(bands, H, W\)"):
-        draw(fused=fusion["fused"][None])
+        drawn(fused=fusion["fused"][None])
     with pytest.raises(ValueError, match="lr_hsi: expected 31 bands, got 30"):
-        draw(lr_hsi=fusion["lr_hsi"][:30])
+        drawn(lr_hsi=fusion["lr_hsi"][:30])
     with pytest.raises(ValueError, match="hr_msi: expected the size of fused"):
-        draw(hr_msi=fusion["hr_msi"][:, :40])
+        drawn(hr_msi=fusion["hr_msi"][:, :40])
     with pytest.raises(ValueError, match="reference: expected the shape of fused"):
-        draw(reference=fusion["reference"][:30])
+        drawn(reference=fusion["reference"][:30])
     with pytest.raises(ValueError, match=r"wavelengths: expected one a band, \(31,\), got \(4,\)"):
-        draw(wavelengths=[1, 2, 3, 4])
+        drawn(wavelengths=[1, 2, 3, 4])
+    figure = figures.fusion_figure(**fusion)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        figures.save_figure(tmp_path / "missing" / "x.png", figures.fusion_figure(**fusion))
+        figures.save_figure(tmp_path / "missing" / "x.png", figure)
     with pytest.raises(ValueError, match="format"):
-        figures.save_figure(tmp_path / "x.nonsense", figures.fusion_figure(**fusion))
+        figures.save_figure(tmp_path / "x.nonsense", figure)
     assert not list(tmp_path.iterdir())
