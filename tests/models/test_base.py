@@ -304,9 +304,10 @@ def test_padding_changes_nothing_inside(name):
     model = tiny(name)
     lr_hsi, hr_msi = torch.full((1, 5, 4, 4), 0.3), torch.full((1, 2, 16, 16), 0.6)
     model.scale = 1
-    padded = model(lr_hsi.expand(1, 5, 4, 4), hr_msi[..., :4, :4])
-    cropped = model(lr_hsi[..., :3, :3], hr_msi[..., :3, :3])
-    assert_close(cropped, padded[..., :3, :3], 1e-6, "cropped")
+    padded = model(lr_hsi, hr_msi[..., :4, :4])
+    for rows, columns in ((3, 3), (4, 1), (2, 4)):
+        cropped = model(lr_hsi[..., :rows, :columns], hr_msi[..., :rows, :columns])
+        assert_close(cropped, padded[..., :rows, :columns], 1e-6, "cropped")
 
 
 @by_model
