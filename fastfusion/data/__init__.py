@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastfusion.data.atomic import atomic_path
 from fastfusion.data.cube import Cube
 from fastfusion.data.demo import demo_scene
-from fastfusion.data.files import open_cube, read_cube, write_cube
+from fastfusion.data.estimation import estimate_sensors
+from fastfusion.data.files import check_output, open_cube, read_cube, write_cube
 from fastfusion.data.scenes import Scene, load_scene, scene_names
 from fastfusion.data.sensors import (
     Degradation,
@@ -26,7 +27,9 @@ __all__ = [
     "SpectralResponse",
     "apply_srf",
     "atomic_path",
+    "check_output",
     "demo_scene",
+    "estimate_sensors",
     "gaussian_psf",
     "load_scene",
     "open_cube",

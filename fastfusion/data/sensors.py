@@ -177,43 +177,46 @@ class Degradation:
                 f"got {height} x {width}"
             )
         if self.factors is None:
-            kh, kw = self.psf.shape
-            padded = self._extend(self._extend(cube, -2, kh), -1, kw)
+            padded = self._stretch(self._stretch(cube, -2, 0, height), -1, 0, width)
             planes = padded.reshape(-1, 1, *padded.shape[-2:])
-            kernel = self.psf.to(cube)[None, None]
-            low = F.conv2d(planes, kernel, stride=self.scale)
+            low = F.conv2d(planes, self.psf.to(cube)[None, None], stride=self.scale)
             return low.reshape(*cube.shape[:-2], *low.shape[-2:])
         column, row = self.factors
-        return self._sample(self._sample(cube, -2, column), -1, row)
+        return self._pass(self._pass(cube, -2, column.to(cube)), -1, row.to(cube))
 
-    def _sample(self, cube: Tensor, dim: int, kernel: Tensor) -> Tensor:
-        """One separable pass: correlate along ``dim`` and keep every ``scale``-th sample."""
-        padded = self._extend(cube, dim, len(kernel))
-        planes = padded.reshape(-1, 1, *padded.shape[-2:])
-        if dim == -2:
-            low = F.conv2d(planes, kernel.to(cube)[None, None, :, None], stride=(self.scale, 1))
-        else:
-            low = F.conv2d(planes, kernel.to(cube)[None, None, None, :], stride=(1, self.scale))
-        return low.reshape(*cube.shape[:-2], *low.shape[-2:])
+    def _pass(self, cube: Tensor, dim: int, kernel: Tensor) -> Tensor:
+        """One separable pass, as products with a few rows of its banded matrix at a time: that
+        runs at the speed of BLAS, ten times that of a strided convolution of one channel."""
+        taps, scale, size = len(kernel), self.scale, cube.shape[dim]
+        count = 16 if scale > 1 else 64  # samples a product: wider blocks multiply more zeros
+        step = count * scale
+        band = kernel.new_zeros(count, (count - 1) * scale + taps)
+        for sample in range(count):
+            band[sample, sample * scale : sample * scale + taps] = kernel
+        blocks = []
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            matrix = band[: (stop - start) // scale, : stop - start - scale + taps]
+            stretch = self._stretch(cube, dim, start, stop)
+            blocks.append(matrix @ stretch if dim == -2 else stretch @ matrix.T)
+        return torch.cat(blocks, dim) if blocks else cube.narrow(dim, 0, 0)
 
-    def _extend(self, cube: Tensor, dim: int, taps: int) -> Tensor:
-        """The stretch of ``dim``, continued beyond its edges, that the samples need."""
-        size = cube.shape[dim]
-        first = self.offset - taps // 2
-        last = self.offset + (size // self.scale - 1) * self.scale + (taps - 1 - taps // 2)
-        index = torch.arange(first, last + 1, device=cube.device)
-        outside = (index < 0) | (index >= size)
-        if not outside.any():
-            return cube.narrow(dim, first, last + 1 - first)
-        extended = cube.index_select(dim, _fold(index, size, self.boundary))
+    def _stretch(self, cube: Tensor, dim: int, start: int, stop: int) -> Tensor:
+        """What the samples of ``start .. stop-1`` along ``dim`` see, continued beyond the edges."""
+        taps, size = self.psf.shape[dim], cube.shape[dim]
+        first = start + self.offset - taps // 2
+        length = stop - start - self.scale + taps
+        if first >= 0 and first + length <= size:
+            return cube.narrow(dim, first, length)
+        index = torch.arange(first, first + length, device=cube.device)
+        stretch = cube.index_select(dim, fold(index, size, self.boundary))
         if self.boundary == "zeros":
-            shape = [1] * cube.ndim
-            shape[dim] = -1
-            extended = extended.masked_fill(outside.view(shape), 0)
-        return extended
+            outside = (index < 0) | (index >= size)
+            stretch = stretch.masked_fill(outside if dim == -1 else outside[:, None], 0)
+        return stretch
 
 
-def _fold(index: Tensor, size: int, boundary: str) -> Tensor:
+def fold(index: Tensor, size: int, boundary: str) -> Tensor:
     """Bring positions beyond ``0 .. size-1`` back inside, however far out they are."""
     if boundary == "circular":
         return index % size

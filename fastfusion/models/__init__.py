@@ -3,5 +3,6 @@
 from fastfusion.models.base import FusionModel
 from fastfusion.models.cofusion import CoFusion
 from fastfusion.models.lso import LSO
+from fastfusion.models.regression import Regression, RegressionModel
 
-__all__ = ["LSO", "CoFusion", "FusionModel"]
+__all__ = ["LSO", "CoFusion", "FusionModel", "Regression", "RegressionModel"]
