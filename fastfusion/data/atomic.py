@@ -46,9 +46,7 @@ def atomic_path(
     """
     asked = Path(path)
     target = Path(os.path.realpath(asked))
-    _check_target(asked, target, folder, may_replace)
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"cannot write {asked}: no permission to write in {target.parent}")
+    check_place(asked, folder=folder, may_replace=may_replace)
     with tempfile.TemporaryDirectory(
         prefix=".fastfusion-", dir=target.parent, ignore_cleanup_errors=True
     ) as room:
@@ -62,14 +60,24 @@ def atomic_path(
         _move_into_place(temporary, target)
 
 
-def _check_target(
-    asked: Path, target: Path, folder: bool, may_replace: Callable[[Path], bool] | None
+def check_place(
+    path: str | os.PathLike[str],
+    *,
+    folder: bool = False,
+    may_replace: Callable[[Path], bool] | None = None,
 ) -> None:
-    """Refuse what a rename would fail on, or would destroy, before any work is done."""
+    """Refuse what a rename would fail on, or would destroy; to be asked before the work is done.
+
+    Arguments and errors are those of `atomic_path`.
+    """
+    asked = Path(path)
+    target = Path(os.path.realpath(asked))
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"cannot write {asked}: folder {target.parent} does not exist; make it first"
         )
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {asked}: no permission to write in {target.parent}")
     if not target.exists():
         return
     if not folder:

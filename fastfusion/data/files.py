@@ -24,7 +24,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from fastfusion.data.atomic import atomic_path
+from fastfusion._optional import need
+from fastfusion.data.atomic import atomic_path, check_place
 from fastfusion.data.cube import Cube, check_cube_array
 from fastfusion.data.formats import envi, geotiff, matlab, numpy_files, png_bands, zarr_store
 from fastfusion.data.formats.stored import Stored
@@ -39,7 +40,14 @@ class _Format:
     save: Callable[[Path, Cube], None]
     check: Callable[[Cube], None] | None = None
     in_pieces: bool = False  # load leaves the values on the disk
+    library: str | None = None  # that it cannot be written without
     is_earlier_output: Callable[[Path], bool] | None = None  # for formats that are folders
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What kind of output it is, in the words of `atomic_path`."""
+        folder = self.is_earlier_output is not None
+        return {"folder": folder, "may_replace": self.is_earlier_output}
 
 
 _PNG_BANDS = _Format(
@@ -47,6 +55,7 @@ _PNG_BANDS = _Format(
     png_bands.load,
     png_bands.save,
     png_bands.check,
+    library="PIL",
     is_earlier_output=png_bands.is_band_folder,
 )
 _ZARR = _Format(
@@ -54,14 +63,15 @@ _ZARR = _Format(
     zarr_store.load,
     zarr_store.save,
     in_pieces=True,
+    library="zarr",
     is_earlier_output=zarr_store.is_zarr,
 )
-_GEOTIFF = _Format("GeoTIFF", geotiff.load, geotiff.save)
+_GEOTIFF = _Format("GeoTIFF", geotiff.load, geotiff.save, library="rasterio")
 _BY_SUFFIX = {
     ".mat": _Format("a MATLAB file", matlab.load, matlab.save),
     ".npy": _Format("a NumPy array", numpy_files.load_npy, numpy_files.save_npy, in_pieces=True),
     ".npz": _Format("NumPy arrays", numpy_files.load_npz, numpy_files.save_npz),
-    ".hdr": _Format("ENVI", envi.load, envi.save, in_pieces=True),
+    ".hdr": _Format("ENVI", envi.load, envi.save, in_pieces=True, library="spectral"),
     ".tif": _GEOTIFF,
     ".tiff": _GEOTIFF,
     ".zarr": _ZARR,
@@ -160,16 +170,10 @@ def write_cube(path: str | os.PathLike[str], cube: Cube) -> None:
     if not isinstance(cube, Cube):
         raise TypeError(f"cube must be a fastfusion.data.Cube, got {type(cube).__name__}")
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix and suffix not in _BY_SUFFIX:
-        raise ValueError(f"cannot write {path}: {suffix!r} is not one of {_KNOWN} (no suffix)")
-    file_format = _BY_SUFFIX[suffix] if suffix else _PNG_BANDS
+    file_format = _format_to_write(path)
     if file_format.check:
         file_format.check(cube)
-    is_folder = file_format.is_earlier_output is not None
-    with atomic_path(
-        path, folder=is_folder, may_replace=file_format.is_earlier_output
-    ) as temporary:
+    with atomic_path(path, **file_format.place) as temporary:
         try:
             file_format.save(temporary, cube)
         except ImportError:
@@ -181,6 +185,27 @@ def write_cube(path: str | os.PathLike[str], cube: Cube) -> None:
             raise OSError(error.errno, message) from error
         except Exception as error:  # the libraries raise nearly anything
             raise ValueError(f"cannot write {path}: {_one_line(error)}") from error
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise now what `write_cube` would raise for the path alone, before the work for it is done.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, PermissionError, ImportError: as
+            `write_cube`.
+    """
+    path = Path(path)
+    file_format = _format_to_write(path)
+    check_place(path, **file_format.place)
+    if file_format.library:
+        need(file_format.library, extra="io", purpose=f"writing {file_format.name}")
+
+
+def _format_to_write(path: Path) -> _Format:
+    suffix = path.suffix.lower()
+    if suffix and suffix not in _BY_SUFFIX:
+        raise ValueError(f"cannot write {path}: {suffix!r} is not one of {_KNOWN} (no suffix)")
+    return _BY_SUFFIX[suffix] if suffix else _PNG_BANDS
 
 
 def _format_of_existing(path: Path) -> _Format:

@@ -667,6 +667,30 @@ def test_absent_files_and_unknown_suffixes(tmp_path):
         read_cube(tmp_path / "cube.zarr")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_output_is_checked_before_the_work(tmp_path, name, monkeypatch):
+    from fastfusion.data import check_output
+
+    check_output(tmp_path / name)
+    assert names(tmp_path) == []
+    write_cube(tmp_path / name, make_cube())
+    check_output(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        check_output(tmp_path / "absent" / name)
+    taken = tmp_path / "taken" / name
+    taken.mkdir(parents=True)
+    (taken / "thesis.tex").write_bytes(b"")
+    with pytest.raises(FileExistsError, match="name a"):
+        check_output(taken)
+    library = {"cube.hdr": "spectral", "cube.tif": "rasterio", "cube": "PIL", "cube.zarr": "zarr"}
+    if name in library:
+        monkeypatch.setitem(sys.modules, library[name], None)
+        with pytest.raises(ImportError, match=rf"needs {library[name]}.*fastfusion\[io\]"):
+            check_output(tmp_path / name)
+    with pytest.raises(ValueError, match=r"'\.xyz' is not one of"):
+        check_output(tmp_path / "cube.xyz")
+
+
 def test_only_cubes_are_written(tmp_path):
     with pytest.raises(TypeError, match="got ndarray"):
         write_cube(tmp_path / "a.npy", np.zeros(SHAPE))
