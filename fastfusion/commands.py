@@ -28,7 +28,15 @@ from fastfusion.data.cube import Cube
 from fastfusion.data.files import read_cube, write_cube
 from fastfusion.data.scenes import load_scene
 from fastfusion.data.sensors import Degradation, read_srf
-from fastfusion.evaluation import Case, case_of, csv_table, markdown_table, run, score
+from fastfusion.evaluation import (
+    Case,
+    case_of,
+    csv_table,
+    markdown_table,
+    run,
+    score,
+    with_sensors,
+)
 from fastfusion.figures import fusion_figure, save_figure
 from fastfusion.fusing import check_pair
 from fastfusion.metrics import CONVENTIONS
@@ -66,11 +74,12 @@ def fuse(asked: argparse.Namespace) -> None:
             **options,
         )
         clock.lap("fuse")
-        figures = score(case, fused)
+        seen = case if case.reference is not None else with_sensors(case)
+        figures = score(seen, fused)
         clock.lap("score")
         summary = _summary(case, asked.method, figures, clock.seconds["fuse"])
         if len(paths) == 2:
-            save_figure(paths[1], _figure(case, fused, summary))
+            save_figure(paths[1], _figure(seen, fused, summary))
             clock.lap("draw")
         if paths:
             write_cube(asked.out, _in_input_units(fused, peak, case, cubes))
@@ -217,7 +226,8 @@ def evaluate(asked: argparse.Namespace) -> None:
             fused = run(case, method, blind=asked.blind, progress=asked.progress, **options)
             seconds = time.perf_counter() - start
             label = " ".join([method, *(f"{key}={value}" for key, value in options.items())])
-            figures = score(case, fused)
+            seen = case if case.reference is not None else with_sensors(case)
+            figures = score(seen, fused)
             summary = _summary(case, label, figures, seconds)
             rows.append(
                 {
@@ -235,7 +245,7 @@ def evaluate(asked: argparse.Namespace) -> None:
             print(f"[{len(rows)}/{len(scenes) * len(methods)}] {summary}", file=sys.stderr)
             if not asked.no_figures:
                 picture = re.sub(r"[^\w.=-]+", "_", f"{case.name}_x{case.scale}_{label}") + ".png"
-                save_figure(folder / picture, _figure(case, fused, summary))
+                save_figure(folder / picture, _figure(seen, fused, summary))
             _write_text(folder / "table.csv", csv_table(rows))
             _write_text(folder / "table.md", markdown_table(rows) + "\n")
     print(markdown_table(rows))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastfusion import metrics
 from fastfusion.data.cube import Cube
+from fastfusion.data.estimation import estimate_sensors
 from fastfusion.data.scenes import Scene
 from fastfusion.data.sensors import Degradation, apply_srf, srf_from_bands
 from fastfusion.fusing import fuse
@@ -29,6 +30,7 @@ __all__ = [
     "markdown_table",
     "run",
     "score",
+    "with_sensors",
 ]
 
 
@@ -37,7 +39,7 @@ __all__ = [
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """A pair to fuse, without a batch and in [0, 1], and what is known of it.
 
@@ -220,6 +222,16 @@ def run(case: Case, method: str, *, blind: bool = False, **options: Any) -> Tens
     """
     known: dict[str, Any] = {} if blind else {"srf": case.srf, "psf": case.degradation}
     return fuse(case.lr_hsi, case.hr_msi, method, **known, **options)
+
+
+def with_sensors(case: Case) -> Case:
+    """The same case with estimates of the sensors that are not known, to check a result by."""
+    if case.srf is not None and case.degradation is not None:
+        return case
+    degradation, srf = estimate_sensors(
+        case.lr_hsi, case.hr_msi, case.scale, degradation=case.degradation, srf=case.srf
+    )
+    return dataclasses.replace(case, srf=srf.to(case.lr_hsi), degradation=degradation)
 
 
 def score(case: Case, fused: Tensor) -> dict[str, float]:

@@ -60,8 +60,8 @@ def fuse(
         backend: the kernels that operators run on; one asked for by name runs or raises.
         device: where to compute; by default where ``lr_hsi`` is.
         progress: show a bar with the time left where a method takes long.
-        options: of the method: those of `fastfusion.models.regression.regression`; of the constructor and
-            ``fit`` of `fastfusion.models.FSRVL`; ``weights`` of a trained network.
+        options: of the method: those of `fastfusion.models.regression.regression`; those of
+            `fastfusion.models.FSRVL` and of its ``fit``; ``weights`` of a trained network.
 
     Returns:
         ``(G, H, W)`` or ``(B, G, H, W)``: a tensor or an array as ``lr_hsi`` is one, of its dtype

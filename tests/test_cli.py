@@ -110,6 +110,14 @@ def test_every_format_goes_out(files, capsys, out):
     assert strict_json(files / f"{out}.json")["outputs"] == [out, f"{out}.json"]
 
 
+def test_without_a_reference_consistency_is_scored(files, capsys):
+    assert run(capsys, *PAIR, "--out", "x.npy", "--no-figure")[0] == 0
+    record = strict_json(files / "x.npy.json")
+    assert record["sensors"] == {"srf": "estimated", "psf": "estimated"}
+    # 12 x 15 pixels hold the window of 11
+    assert set(record["metrics"]) == {"d_lambda", "d_s", "qnr", "rmse_lr_hsi", "rmse_hr_msi"}
+
+
 def test_counts_come_back_as_counts(files, capsys):
     plain = [*PAIR, "--no-figure", "--out"]
     run(capsys, *plain, "plain.npy")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastfusion import fusing, metrics
+from fastfusion import fusing, metrics, models
 from fastfusion.data import Degradation, wald
 from fastfusion.fusing import Unavailable, fuse
+from fastfusion.models.regression import regression
 
 
 @pytest.fixture
@@ -102,9 +103,25 @@ def test_options_reach_the_method(pair):
         fuse(lr_hsi, hr_msi, "bicubic", local=False)
 
 
-def test_what_does_not_exist_yet_says_so(pair):
+@pytest.mark.parametrize("kind", [models.LSO, models.CoFusion])
+@pytest.mark.parametrize("prior", ["bicubic", "regression"])
+def test_networks_trained_beforehand(pair, tmp_path, kind, prior):
+    lr_hsi, hr_msi, srf, _ = pair
+    model = kind(12, 3, 4, width=16, prior=prior).eval()
+    model.save(tmp_path / "weights")
+    sensors = {"srf": srf, "psf": Degradation.gaussian(4)}
+    found = fuse(lr_hsi, hr_msi, kind.__name__.lower(), weights=tmp_path / "weights", **sensors)
+    images = lr_hsi[None], hr_msi[None]
+    known = regression(*images, **sensors) if prior == "regression" else None
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(*images, known).clamp(0, 1)[0])
+    with pytest.raises(ValueError, match="must have 3 bands"):
+        fuse(lr_hsi, hr_msi[:2], kind.__name__.lower(), weights=tmp_path / "weights")
+
+
+def test_a_method_that_cannot_run_says_why(pair):
     for method in ("lso", "cofusion"):
-        with pytest.raises(RuntimeError, match=f"method '{method}' needs trained weights"):
+        with pytest.raises(Unavailable, match=f"method '{method}' needs trained weights"):
             fuse(*pair[:2], method)
     with pytest.raises(ValueError, match=r"method: expected one of regression, .* got 'magic'"):
         fuse(*pair[:2], "magic")
