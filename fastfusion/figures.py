@@ -366,7 +366,7 @@ def _draw_map(axes: Axes, error_map: _Map) -> None:
 
 
 def _draw_psnr(axes: Axes, scene: _Scene, reference: Tensor) -> None:
-    position, label = _spectral_axis(scene)
+    position, unit = _spectral_axis(scene)
     for name, cube, colour in (
         ("fused", scene.fused, _FUSED),
         ("LR-HSI, bicubic", scene.upsampled.clamp(0, 1), _COARSE),
@@ -374,8 +374,9 @@ def _draw_psnr(axes: Axes, scene: _Scene, reference: Tensor) -> None:
         bands = psnr(cube, reference, per_band=True)
         bands = bands.masked_fill(~bands.isfinite(), torch.nan)
         mean = bands.nanmean()
-        axes.plot(position, bands, color=colour, linewidth=2, label=f"{name}, mean {mean:.2f} dB")
-    axes.set(title="PSNR of each band", xlabel=label, ylabel="dB")
+        label = f"{name}, mean {mean:.2f} dB"
+        axes.plot(position, _broken(bands, position), color=colour, linewidth=2, label=label)
+    axes.set(title="PSNR of each band", xlabel=unit, ylabel="dB")
     _tidy(axes)
 
 
