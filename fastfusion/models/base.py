@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fastfusion._optional import need
 from fastfusion._version import __version__
 from fastfusion.data.atomic import atomic_path
+from fastfusion.models.regression import regression
 from fastfusion.ops import checks
 
 PRIORS = ("bicubic", "regression")
@@ -238,8 +239,6 @@ class ResidualModel(FusionModel, abstract=True):
 @torch.compiler.disable(reason="the closed form is no part of the network: give it as the prior")
 @torch.no_grad()
 def _regression(lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
-    from fastfusion.models.regression import regression
-
     with torch.autocast(lr_hsi.device.type, enabled=False):
         return regression(lr_hsi, hr_msi)
 

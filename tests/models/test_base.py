@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fastfusion
 from fastfusion.models import LSO, CoFusion, FusionModel, base
+from fastfusion.models.regression import regression
 from tests.closeness import assert_close, relative_error
 
 TINY = {
@@ -242,7 +243,6 @@ def test_a_fresh_model_with_the_regression_prior_gives_the_prior(name):
     images = pair()
     prior = torch.rand(1, 5, 16, 20)
     assert torch.equal(model(*images, prior), prior)
-    regression = pytest.importorskip("fastfusion.models.regression").regression
     assert torch.equal(model(*images), regression(*images))
 
 
