@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         getattr(commands, asked.command)(asked)
         return 0
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (Exception, KeyboardInterrupt) as error:
         if asked.debug:
             traceback.print_exc()
@@ -118,7 +122,7 @@ def _add_fuse(commands: Any) -> None:
     images.add_argument("--out", metavar="OUT", help="the fused cube; its suffix names the format")
     images.add_argument("--no-figure", action="store_true", help="do not draw OUT.png")
     method = fuse.add_argument_group("method")
-    method.add_argument("--method", choices=_METHODS, default="regression", help="%(default)s")
+    method.add_argument("--method", choices=_METHODS, default="regression", help="by default %(default)s")
     method.add_argument(
         "--option",
         action="append",
@@ -126,7 +130,7 @@ def _add_fuse(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="an option of the method, such as local=False; may be repeated",
     )
-    method.add_argument("--backend", choices=_BACKENDS, default="auto", help="%(default)s")
+    method.add_argument("--backend", choices=_BACKENDS, default="auto", help="by default %(default)s")
     method.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     _add_sensors(fuse)
     _add_progress(fuse)
