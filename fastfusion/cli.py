@@ -122,7 +122,9 @@ def _add_fuse(commands: Any) -> None:
     images.add_argument("--out", metavar="OUT", help="the fused cube; its suffix names the format")
     images.add_argument("--no-figure", action="store_true", help="do not draw OUT.png")
     method = fuse.add_argument_group("method")
-    method.add_argument("--method", choices=_METHODS, default="regression", help="by default %(default)s")
+    method.add_argument(
+        "--method", choices=_METHODS, default="regression", help="by default %(default)s"
+    )
     method.add_argument(
         "--option",
         action="append",
@@ -130,7 +132,9 @@ def _add_fuse(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="an option of the method, such as local=False; may be repeated",
     )
-    method.add_argument("--backend", choices=_BACKENDS, default="auto", help="by default %(default)s")
+    method.add_argument(
+        "--backend", choices=_BACKENDS, default="auto", help="by default %(default)s"
+    )
     method.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     _add_sensors(fuse)
     _add_progress(fuse)
