@@ -61,10 +61,10 @@ format: $(VENV)/dev.done
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 quality: $(VENV)/dev.done
-	$(BIN)/python benchmarks/quality.py --write docs/quality.md
+	$(BIN)/python -m benchmarks.quality --write docs/quality.md
 
 bench: $(VENV)/dev.done
-	$(BIN)/python benchmarks/report.py --write docs/performance-cpu.md
+	$(BIN)/python -m benchmarks.report --write docs/performance-cpu.md
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info fastfusion/_C_*

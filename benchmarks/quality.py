@@ -1,22 +1,17 @@
 """The tables and pictures of docs/quality.md, from real scenes: ``make quality``.
 
-Each section can be run by itself (``--sections``); its rows then replace those that docs/quality.csv
-holds of it, and the page is written anew from all rows.
+Each section can be run by itself (``--sections``); its rows then replace those of it that
+docs/quality.csv holds, and the page is written anew from all rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # run as a file
-    sys.path.insert(0, str(ROOT))
 
 import torch
 
@@ -153,7 +148,7 @@ def page(rows: list[dict[str, Any]], folder: Path) -> str:
     lines = [
         "# Quality on real scenes",
         "",
-        "Made by `make quality` (`python benchmarks/quality.py --write docs/quality.md`) from the "
+        "Made by `make quality` (`python -m benchmarks.quality --write docs/quality.md`) from the "
         "scenes in the folder named by `FASTFUSION_DATA`; full precision in "
         "[quality.csv](quality.csv).",
         "",

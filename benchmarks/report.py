@@ -1,4 +1,4 @@
-"""Run the benchmarks and draw their tables: ``python benchmarks/report.py --write docs/x.md``.
+"""Run the benchmarks and draw their tables: ``python -m benchmarks.report --write docs/x.md``.
 
 The rounds come as pytest-benchmark's JSON (kept beside the tables as a CSV, one line a contestant),
 so ``pytest-benchmark compare`` reads them too.
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # run as a file
-    sys.path.insert(0, str(ROOT))
 
 OURS = "fastfusion"
 
