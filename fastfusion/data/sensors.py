@@ -259,8 +259,8 @@ def apply_srf(cube: Tensor, srf: Tensor) -> Tensor:
 def read_response(path: str | Path) -> SpectralResponse:
     """Read a CSV whose first column is ``wavelength_nm`` and whose others are bands."""
     with open(path, newline="") as file:
-        header, *rows = (row for row in csv.reader(file) if row)
-    if not header or header[0].strip().lower() != "wavelength_nm":
+        header, *rows = [row for row in csv.reader(file) if row] or [[""]]
+    if header[0].strip().lower() != "wavelength_nm":
         raise ValueError(
             f"{path}: expected a CSV whose first column is wavelength_nm, got {header[:1]}"
         )

@@ -39,6 +39,7 @@ NOISE_FLOOR = 1e-6
 BANDS_AT_A_TIME = 8
 
 
+@torch.no_grad()
 def regression(
     lr_hsi: Tensor,
     hr_msi: Tensor,
@@ -78,36 +79,25 @@ def regression(
     torch.Size([31, 32, 32])
     """
     check_pair(lr_hsi, hr_msi)
-    if lr_hsi.ndim == 4:
-        if not len(lr_hsi):
-            return lr_hsi.new_empty(0, lr_hsi.shape[1], *hr_msi.shape[-2:])
-        return torch.stack(
-            [
-                regression(
-                    one_hsi,
-                    one_msi,
-                    srf=srf,
-                    psf=psf,
-                    local=local,
-                    ridge=ridge,
-                    iterations=iterations,
-                    window_sigma=window_sigma,
-                    clamp=clamp,
-                )
-                for one_hsi, one_msi in zip(lr_hsi, hr_msi, strict=True)
-            ]
+    work = torch.promote_types(torch.promote_types(lr_hsi.dtype, hr_msi.dtype), torch.float32)
+    fused = lr_hsi.new_empty(*lr_hsi.shape[:-2], *hr_msi.shape[-2:])
+    batch = lr_hsi.shape[0] if lr_hsi.ndim == 4 else 1
+    for i in range(batch):
+        one_hsi, one_msi, out = (
+            cube[i] if cube.ndim == 4 else cube for cube in (lr_hsi, hr_msi, fused)
         )
-    model = RegressionModel.fit(
-        lr_hsi,
-        hr_msi,
-        srf=srf,
-        psf=psf,
-        local=local,
-        ridge=ridge,
-        iterations=iterations,
-        window_sigma=window_sigma,
-    )
-    fused = model.apply(lr_hsi, hr_msi)
+        one_hsi, one_msi = one_hsi.to(work), one_msi.to(work)
+        model = RegressionModel.fit(
+            one_hsi,
+            one_msi,
+            srf=srf,
+            psf=psf,
+            local=local,
+            ridge=ridge,
+            iterations=iterations,
+            window_sigma=window_sigma,
+        )
+        out.copy_(model.apply(one_hsi, one_msi))
     return fused.clamp_(0, 1) if clamp else fused
 
 
@@ -183,6 +173,7 @@ class RegressionModel:
     sharpness: Tensor  #: ``(G,)``, 0 for a band as sharp as the MSI, towards 1 for a blurred one
     local: bool
     ridge: float
+    back: Tensor  #: ``(G, g)``, float64: how a spectrum is moved by what its MSI pixel misses
     floor: float  #: variance of the guides below which there is only noise
     iterations: int
     window_sigma: float
@@ -236,6 +227,7 @@ class RegressionModel:
             weights.new_zeros(hsi_bands),
             local,
             ridge,
+            back_projection(srf.double(), weights, lr_hsi, low_msi),
             floor,
             iterations,
             window_sigma,
@@ -244,6 +236,17 @@ class RegressionModel:
             return model
         sums = model._low_resolution(lr_hsi, hr_msi).sharpness_moments()
         return cls(**{**vars(model), "sharpness": sharpness(sums)})
+
+    @property
+    def halo(self) -> int:
+        """How many low-resolution pixels around a tile its result depends on."""
+        blur = math.ceil(
+            (max(self.degradation.psf.shape) + max(map(abs, self.degradation.centre)))
+            / self.degradation.scale
+        )
+        windows = 2 * math.ceil(3 * self.window_sigma) + 1 if self.local else 0
+        round_trip = _round_trip_radius(self.degradation)
+        return 2 * blur + windows + 1 + self.iterations * round_trip + 2
 
     def apply(self, lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
         """Fuse ``lr_hsi (G, h, w)`` and ``hr_msi (g, H, W)`` to ``(G, H, W)``, not clamped."""
@@ -272,8 +275,7 @@ class RegressionModel:
         """Bring ``fused`` back to what both sensors saw, in place."""
         scale, centre = self.degradation.scale, self.degradation.centre
         boundary = _without_zeros(self.degradation.boundary)
-        srf = self.srf.to(fused)
-        back = torch.linalg.pinv(self.srf.double()).to(fused)
+        srf, back = self.srf.to(fused), self.back.to(fused)
 
         # Degrading and projecting commute (one is spatial, one spectral), so that what the HSI
         # still misses after a projection is known without doing it at full resolution; and each
@@ -327,9 +329,22 @@ def global_weights(moments: Tensor) -> Tensor:
     """
     features = len(moments)
     gram, target = moments[:, :features], moments[:, features:]
-    ridge = 1e-9 * gram.diagonal().mean().clamp_min(1e-12)
+    ridge = 1e-12 * gram.diagonal().mean().clamp_min(1e-12)
     damping = ridge * torch.eye(features, dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + damping, target).T
+
+
+def back_projection(srf: Tensor, weights: Tensor, lr_hsi: Tensor, low_msi: Tensor) -> Tensor:
+    """How to move a spectrum when its MSI pixel misses something: ``(G, g)``.
+
+    The least change that gives the MSI, if the srf and the pair agree; the less of it, the worse
+    the srf explains the degraded MSI, compared with how well the scene's map explains the HSI.
+    """
+    hsi, msi = lr_hsi.flatten(1).double(), low_msi.flatten(1).double()
+    disagreement = msi - srf @ hsi
+    error = hsi - weights[:, 1:] @ msi - weights[:, :1]
+    noise = disagreement @ disagreement.T / error.square().sum(1).mean().clamp_min(1e-30)
+    return srf.T @ torch.linalg.pinv(srf @ srf.T + noise, hermitian=True)
 
 
 def sharpness(moments: Tensor) -> Tensor:
@@ -495,15 +510,18 @@ def upsample(
 
 def _round_trip(degradation: Degradation, boundary: str) -> Degradation:
     """Interpolating and degrading again, as one filter on the low-resolution grid."""
-    scale, taps = degradation.scale, max(degradation.psf.shape)
-    shift = max(abs(c) for c in degradation.centre)
-    radius = math.ceil((taps / 2 + shift) / scale) + 2
+    scale, radius = degradation.scale, _round_trip_radius(degradation)
     # Far from its edges, the response to one bright pixel holds the filter, mirrored.
     impulse = torch.zeros(4 * radius + 1, 4 * radius + 1, dtype=torch.float64)
     impulse[2 * radius, 2 * radius] = 1
     image = upsample(impulse, scale, degradation.centre, boundary, cubic)
     response = degradation(image)[radius : 3 * radius + 1, radius : 3 * radius + 1]
     return Degradation(response.flip(0, 1).contiguous(), 1, 0, boundary)
+
+
+def _round_trip_radius(degradation: Degradation) -> int:
+    reach = max(degradation.psf.shape) / 2 + max(map(abs, degradation.centre))
+    return math.ceil(reach / degradation.scale) + 2
 
 
 def _without_zeros(boundary: str) -> str:
