@@ -112,7 +112,7 @@ class SpaCAM(nn.Module):
             self.contexts, self.details, self.pointwise, strict=True
         ):
             x = x + _channels_last(torch.softmax, context(pooled), dim=-1) * detail(x)
-            x = x + pointwise(x)
+            x = x + _channels_last(pointwise, x)
         return x
 
 
@@ -170,7 +170,7 @@ class SpeCAM(nn.Module):
         gate = self._gate(torch.cat([low.amax((2, 3)), high.amax((2, 3))], dim=1))
         alpha = self.alpha.sigmoid()
         mixed = low * (gate * alpha) + high * (gate * (1 - alpha))
-        return x + self.pointwise(self.middle(mixed))
+        return x + _channels_last(self.pointwise, self.middle(mixed))
 
     def _gate(self, maxima: Tensor) -> Tensor:
         """Stage 2: the attention ``a (B, C, 1, 1)`` of the maxima ``(B, 2C)``."""
@@ -255,11 +255,12 @@ def _encoder(channels: int, depth: int, **kind: Any) -> nn.Sequential:
 
 
 def _pointwise(channels: int, expansion: int, **kind: Any) -> nn.Sequential:
+    """Two 1x1 convolutions with a GELU between, as linear layers of the last dimension."""
     checks.integer("expansion", expansion, low=1)
     return nn.Sequential(
-        nn.Conv2d(channels, expansion * channels, 1, **kind),
+        nn.Linear(channels, expansion * channels, **kind),
         nn.GELU(),
-        nn.Conv2d(expansion * channels, channels, 1, **kind),
+        nn.Linear(expansion * channels, channels, **kind),
     )
 
 

@@ -43,6 +43,14 @@ def depthwise(layer, x):
     return F.gelu(y) if layer.activation == "gelu" else y
 
 
+def pointwise(layers, x):
+    first, last = (
+        lambda y, layer=layer: F.conv2d(y, layer.weight[:, :, None, None], layer.bias)
+        for layer in (layers[0], layers[2])
+    )
+    return last(F.gelu(first(x)))
+
+
 @torch.no_grad()
 def test_spacam():
     block, x = nn.SpaCAM(8, expansion=3).double(), image()
@@ -52,9 +60,8 @@ def test_spacam():
         assert block.contexts[j].dilation == (dilation, dilation)
         gate = depthwise(block.contexts[j], pooled).softmax(dim=1)
         y = gate * depthwise(block.details[j], y) + y
-        wide = block.pointwise[j][0](y)
-        assert wide.shape[1] == 24
-        y = y + block.pointwise[j][2](F.gelu(wide))
+        assert block.pointwise[j][0].out_features == 24
+        y = y + pointwise(block.pointwise[j], y)
     assert_close(block(x), y, 1e-12, "SpaCAM")
 
 
@@ -88,7 +95,7 @@ def test_specam(rows):
     a = torch.sigmoid(block.gate(mixed(candidates, block.mixing.state, 3)))[..., None, None]
     alpha = 1 / (1 + torch.exp(torch.tensor(-0.7, dtype=torch.float64)))
     middle = depthwise(block.middle, parts[0] * a * alpha + parts[1] * a * (1 - alpha))
-    expected = x + block.pointwise(middle)
+    expected = x + pointwise(block.pointwise, middle)
     assert_close(block(x), expected, 1e-12, "SpeCAM")
 
 
