@@ -175,6 +175,20 @@ def test_regression_of_files_and_of_the_demo_scene(files, capsys):
     assert status == 0 and "demo x8 by regression" in out
 
 
+def test_fsrvl_shows_a_bar(files, capsys):
+    options = ["--option", "features=4", "--option", "steps=5", "--option", "minutes=0.2"]
+    status, out, err = run(
+        capsys, *PAIR, "--method", "fsrvl", *options, "--progress", "--out", "x.npy", "--no-figure"
+    )
+    assert status == 0 and "hsi x4 by fsrvl" in out
+    assert "FSRVL" in err and "5/5" in err
+    assert strict_json(files / "x.npy.json")["options"] == {
+        "features": 4,
+        "steps": 5,
+        "minutes": 0.2,
+    }
+
+
 def test_identical_to_the_reference_is_valid_json(files, capsys, monkeypatch):
     """An infinite PSNR has no token in JSON."""
     monkeypatch.setattr(commands, "run", lambda case, *_, **__: case.reference)

@@ -103,6 +103,23 @@ def test_options_reach_the_method(pair):
         fuse(lr_hsi, hr_msi, "bicubic", local=False)
 
 
+def test_fsrvl_is_fitted_to_each_pair(pair):
+    lr_hsi, hr_msi, srf, reference = pair
+    small = {"features": 4, "endmembers": 4, "steps": 20}  # of the constructor and of fit
+    sensors = {"srf": srf, "psf": Degradation.gaussian(4)}
+    two = [torch.stack([image, image.flip(-1)]) for image in (lr_hsi, hr_msi)]
+    fused = fuse(*two, "fsrvl", **sensors, **small)
+    assert fused.shape == (2, 12, 32, 40)
+    torch.testing.assert_close(fused[0], fuse(lr_hsi, hr_msi, "fsrvl", **sensors, **small))
+    plain = fuse(lr_hsi, hr_msi, "bicubic")
+    assert metrics.psnr(fused[0], reference) > metrics.psnr(plain, reference) + 5
+    array = fuse(lr_hsi.double().numpy(), hr_msi.double().numpy(), "fsrvl", **sensors, **small)
+    assert array.dtype == np.float64
+    np.testing.assert_allclose(array, fused[0], atol=1e-5)
+    with pytest.raises(TypeError, match="colour"):
+        fuse(lr_hsi, hr_msi, "fsrvl", colour="red")
+
+
 @pytest.mark.parametrize("kind", [models.LSO, models.CoFusion])
 @pytest.mark.parametrize("prior", ["bicubic", "regression"])
 def test_networks_trained_beforehand(pair, tmp_path, kind, prior):
