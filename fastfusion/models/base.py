@@ -202,7 +202,9 @@ class ResidualModel(FusionModel, abstract=True):
         same pair comes more than once, compute it beforehand and give it to ``forward``.
         """
         if self.prior == "regression":
-            return _regression(lr_hsi, hr_msi)
+            # Decorated here, because the decorator imports the compiler, which takes seconds.
+            reason = "the closed form is no part of the network: give it as the prior"
+            return torch.compiler.disable(_regression, reason=reason)(lr_hsi, hr_msi)
         return F.interpolate(lr_hsi, size=hr_msi.shape[-2:], mode="bicubic", align_corners=False)
 
     def correction(self, prior: Tensor, hr_msi: Tensor) -> Tensor:
@@ -236,7 +238,6 @@ class ResidualModel(FusionModel, abstract=True):
         return prior + correction[..., :rows, :columns]
 
 
-@torch.compiler.disable(reason="the closed form is no part of the network: give it as the prior")
 @torch.no_grad()
 def _regression(lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
     with torch.autocast(lr_hsi.device.type, enabled=False):
