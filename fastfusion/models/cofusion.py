@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfusion.models.base import ResidualModel
-from fastfusion.nn.blocks import ResidualBlock, conv3x3
-from fastfusion.nn.cofusion import SSCFM, MultiScaleGenerator, SpaCAM, SpeCAM, doubled
+from fastfusion.nn.blocks import ResidualBlock, conv3x3, doubled
+from fastfusion.nn.cofusion import SSCFM, MultiScaleGenerator, SpaCAM, SpeCAM
 from fastfusion.ops import checks
 
 SCALES = 3

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfusion.models.base import ResidualModel
-from fastfusion.nn.blocks import ResidualBlock, conv3x3
+from fastfusion.nn.blocks import ResidualBlock, conv3x3, doubled
 from fastfusion.nn.layers import LatentOperator2d
 from fastfusion.ops import checks
 
@@ -95,9 +95,9 @@ class LSO(ResidualModel):
         x2 = self.encoders[1](_halved(x1))
         x3 = self.encoders[2](_halved(x2))
         y1, y2, y3 = (operator(x) for operator, x in zip(self.operators, (x1, x2, x3), strict=True))
-        coarse_msi = F.interpolate(hr_msi, scale_factor=0.5, mode="bicubic", align_corners=False)
-        y = self.decoders[0](torch.cat([_doubled(y3), y2, coarse_msi], dim=1)) + x2
-        y = self.decoders[1](torch.cat([_doubled(y), y1, hr_msi], dim=1)) + x1
+        coarse_msi = F.interpolate(hr_msi, size=x2.shape[-2:], mode="bicubic", align_corners=False)
+        y = self.decoders[0](torch.cat([doubled(y3), y2, coarse_msi], dim=1)) + x2
+        y = self.decoders[1](torch.cat([doubled(y), y1, hr_msi], dim=1)) + x1
         return self.head(y)
 
     @classmethod
@@ -171,19 +171,17 @@ def conv_pair(in_channels: int, middle: int, out_channels: int) -> nn.Sequential
 def _coordinates(x: Tensor) -> Tensor:
     """Row and column of each pixel in [0, 1], ends included: ``(B, 2, H, W)``."""
     batch, _, rows, columns = x.shape
-    down = torch.linspace(0, 1, rows, dtype=x.dtype, device=x.device)
-    across = torch.linspace(0, 1, columns, dtype=x.dtype, device=x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 counts to 256 only
+    # Not linspace, which fixes the size of an exported graph; there are at least 4 of each.
+    down = torch.arange(rows, dtype=wide, device=x.device) / (rows - 1)
+    across = torch.arange(columns, dtype=wide, device=x.device) / (columns - 1)
     grid = torch.stack([down[:, None].expand(rows, columns), across.expand(rows, columns)])
-    return grid.expand(batch, -1, -1, -1)
+    return grid.to(x.dtype).expand(batch, -1, -1, -1)
 
 
 def _halved(x: Tensor) -> Tensor:
     # Bilinear by 0.5 with align_corners=False and no antialiasing is the mean of 2x2 pixels.
     return F.avg_pool2d(x, 2)
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 # -- the authors' names ------------------------------------------------------------------------

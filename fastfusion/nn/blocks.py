@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def conv3x3(in_channels: int, out_channels: int, **kind: Any) -> nn.Conv2d:
     """A 3x3 convolution that keeps the size."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, **kind)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Twice the rows and columns, bilinear."""
+    size = 2 * x.shape[-2], 2 * x.shape[-1]
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def redraw(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfusion import ops
-from fastfusion.nn.blocks import ResidualBlock, conv3x3, redraw
+from fastfusion.nn.blocks import ResidualBlock, conv3x3, doubled, redraw
 from fastfusion.nn.layers import CoordinateMixing, DepthwiseConv2d, MultiscaleAttention
 from fastfusion.ops import checks
 
@@ -242,11 +242,6 @@ class SSCFM(nn.Module):
         crossed = torch.cat([attended[0] * guides[1], attended[1] * guides[0]], dim=1)
         first, second = self.mix(crossed).chunk(2, dim=1)
         return spatial + first, spectral + second
-
-
-def doubled(x: Tensor) -> Tensor:
-    """Twice the rows and columns, bilinear."""
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def _encoder(channels: int, depth: int, **kind: Any) -> nn.Sequential:

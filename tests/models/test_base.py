@@ -369,10 +369,13 @@ def test_compile_without_a_break_and_once_for_all_batches(name):
 
 
 @by_model
-def test_export(name):
+def test_export_for_all_batches_and_sizes(name):
     model = tiny(name)
-    batch = torch.export.Dim("batch", min=1)
-    shapes = {"lr_hsi": {0: batch}, "hr_msi": {0: batch}}
-    program = torch.export.export(model, pair(2), dynamic_shapes=shapes)
-    images = pair(3)
+    batch, rows, columns = (torch.export.Dim(axis, min=2) for axis in ("batch", "h", "w"))
+    shapes = {
+        "lr_hsi": {0: batch, 2: rows, 3: columns},
+        "hr_msi": {0: batch, 2: 4 * rows, 3: 4 * columns},
+    }
+    program = torch.export.export(model, pair(2, 6, 7), dynamic_shapes=shapes)
+    images = pair(3, 5, 9)
     assert_close(program.module()(*images), model(*images), 1e-6, "exported")
