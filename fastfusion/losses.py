@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastfusion.metrics import ssim
 
-__all__ = ["CoFusionLoss"]
+__all__ = ["CoFusionLoss", "FSRVLLoss"]
 
 
 class CoFusionLoss(nn.Module):
@@ -44,3 +44,67 @@ class CoFusionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}"
+
+
+class FSRVLLoss(nn.Module):
+    """FSRVL's loss (eq. 16), with mean absolute errors.
+
+    ``alpha (|Y - Y^| + |X - X^|) + beta (|Y - Y~| + |X - X~|)``: the images as their own abundances
+    and endmembers give them, and as the sensors would see the fused image.
+
+    Args:
+        alpha, beta: the paper's weights.
+
+    Shape:
+        ``lr_hsi`` ``Y``, ``lr_reconstructed`` ``Y^`` and ``lr_degraded`` ``Y~``: ``(B, G, h, w)``;
+        ``hr_msi`` ``X``, ``hr_reconstructed`` ``X^`` and ``hr_degraded`` ``X~``:
+        ``(B, g, H, W)``; the loss has no dimensions.
+
+    Raises:
+        ValueError: images of one sensor differ in shape; a weight is negative.
+
+    >>> import torch
+    >>> y, x = torch.rand(1, 31, 4, 4), torch.rand(1, 3, 16, 16)
+    >>> FSRVLLoss()(y, y, y, x, x, x + 0.5).item()
+    5.0
+    """
+
+    def __init__(self, alpha: float = 100.0, beta: float = 10.0) -> None:
+        super().__init__()
+        for name, weight in (("alpha", alpha), ("beta", beta)):
+            if not weight >= 0:
+                raise ValueError(f"{name}: expected a number from 0 up, got {weight}")
+        self.alpha, self.beta = alpha, beta
+
+    def forward(
+        self,
+        lr_hsi: Tensor,
+        lr_reconstructed: Tensor,
+        lr_degraded: Tensor,
+        hr_msi: Tensor,
+        hr_reconstructed: Tensor,
+        hr_degraded: Tensor,
+    ) -> Tensor:
+        for name, image, like_name, like in (
+            ("lr_reconstructed", lr_reconstructed, "lr_hsi", lr_hsi),
+            ("lr_degraded", lr_degraded, "lr_hsi", lr_hsi),
+            ("hr_reconstructed", hr_reconstructed, "hr_msi", hr_msi),
+            ("hr_degraded", hr_degraded, "hr_msi", hr_msi),
+        ):
+            if image.shape != like.shape:
+                raise ValueError(
+                    f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, "
+                    f"got {tuple(image.shape)}"
+                )
+        reconstruction = _mean_error(lr_hsi, lr_reconstructed) + _mean_error(
+            hr_msi, hr_reconstructed
+        )
+        consistency = _mean_error(lr_hsi, lr_degraded) + _mean_error(hr_msi, hr_degraded)
+        return self.alpha * reconstruction + self.beta * consistency
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}"
+
+
+def _mean_error(image: Tensor, estimate: Tensor) -> Tensor:
+    return (image - estimate).abs().mean()

@@ -2,7 +2,8 @@
 
 from fastfusion.models.base import FusionModel
 from fastfusion.models.cofusion import CoFusion
+from fastfusion.models.fsrvl import FSRVL
 from fastfusion.models.lso import LSO
 from fastfusion.models.regression import Regression, RegressionModel
 
-__all__ = ["LSO", "CoFusion", "FusionModel", "Regression", "RegressionModel"]
+__all__ = ["FSRVL", "LSO", "CoFusion", "FusionModel", "Regression", "RegressionModel"]
