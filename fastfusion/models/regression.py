@@ -234,7 +234,7 @@ class RegressionModel:
         )
         if not local:
             return model
-        sums = model._low_resolution(lr_hsi, hr_msi).sharpness_moments()
+        sums = _LowResolution(model, lr_hsi, hr_msi).sharpness_moments()
         return cls(**{**vars(model), "sharpness": sharpness(sums)})
 
     @property
@@ -251,7 +251,7 @@ class RegressionModel:
     def apply(self, lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
         """Fuse ``lr_hsi (G, h, w)`` and ``hr_msi (g, H, W)`` to ``(G, H, W)``, not clamped."""
         scale, boundary = self.degradation.scale, self.degradation.boundary
-        low = self._low_resolution(lr_hsi, hr_msi)
+        low = _LowResolution(self, lr_hsi, hr_msi)
         detail = low.detail(hr_msi)
         centre = self.degradation.centre
         fused = lr_hsi.new_empty(len(lr_hsi), *hr_msi.shape[-2:])
@@ -266,33 +266,26 @@ class RegressionModel:
                 if self.local:
                     slope *= self.sharpness[bands, None, None].to(slope)
                     out.addcmul_(slope, detail[guide])
-        return self._consistent(fused, lr_hsi, hr_msi, low.msi)
-
-    def _low_resolution(self, lr_hsi: Tensor, hr_msi: Tensor) -> _LowResolution:
-        return _LowResolution(self, lr_hsi, hr_msi)
+        return consistent(
+            fused,
+            lr_hsi,
+            hr_msi,
+            degradation=self.degradation,
+            srf=self.srf,
+            back=self.back,
+            iterations=self.iterations,
+        )
 
     def _consistent(self, fused: Tensor, lr_hsi: Tensor, hr_msi: Tensor, low_msi: Tensor) -> Tensor:
-        """Bring ``fused`` back to what both sensors saw, in place."""
-        scale, centre = self.degradation.scale, self.degradation.centre
-        boundary = _without_zeros(self.degradation.boundary)
-        srf, back = self.srf.to(fused), self.back.to(fused)
-
-        # Degrading and projecting commute (one is spatial, one spectral), so that what the HSI
-        # still misses after a projection is known without doing it at full resolution; and each
-        # round of interpolating, adding and degrading again is a small filter on the HSI's grid.
-        low = self.degradation(fused)
-        low = low + apply_srf(low_msi - apply_srf(low, srf), back)
-        missing, total = lr_hsi - low, torch.zeros_like(lr_hsi)
-        seen_again = _round_trip(self.degradation, boundary)
-        for _ in range(self.iterations):
-            total += missing
-            missing = missing - seen_again(missing)
-        for start in range(0, len(fused), BANDS_AT_A_TIME):
-            bands = slice(start, start + BANDS_AT_A_TIME)
-            fused[bands] += upsample(total[bands], scale, centre, boundary, cubic)
-        difference = hr_msi - apply_srf(fused, srf)
-        fused.flatten(1).addmm_(back, difference.to(fused).flatten(1))
-        return fused
+        return consistent(
+            fused,
+            lr_hsi,
+            hr_msi,
+            degradation=self.degradation,
+            srf=self.srf,
+            back=self.back,
+            iterations=self.iterations,
+        )
 
 
 def as_degradation(psf: Tensor | Degradation | None, scale: int) -> Degradation | None:
@@ -506,6 +499,48 @@ def upsample(
             blocks.append(stretch @ matrix.T if dim == -1 else matrix @ stretch)
         cube = torch.cat(blocks, dim)
     return cube
+
+
+# ------------------------------------------------------------------------------------------------
+# Back to both sensors
+# ------------------------------------------------------------------------------------------------
+
+
+def consistent(
+    fused: Tensor,
+    lr_hsi: Tensor,
+    hr_msi: Tensor,
+    *,
+    degradation: Degradation,
+    srf: Tensor,
+    back: Tensor,
+    iterations: int = 4,
+) -> Tensor:
+    """Bring ``fused (G, H, W)`` back to what both sensors saw, in place.
+
+    ``fused`` is contiguous; ``back (G, g)`` is `back_projection`'s; the other arguments are those
+    of `RegressionModel`.
+    """
+    scale, centre = degradation.scale, degradation.centre
+    boundary = _without_zeros(degradation.boundary)
+    srf, back = srf.to(fused), back.to(fused)
+
+    # Degrading and projecting commute (one is spatial, one spectral), so that what the HSI still
+    # misses after a projection is known without doing it at full resolution; and each round of
+    # interpolating, adding and degrading again is a small filter on the HSI's grid.
+    low = degradation(fused)
+    low = low + apply_srf(degradation(hr_msi) - apply_srf(low, srf), back)
+    missing, total = lr_hsi - low, torch.zeros_like(lr_hsi)
+    seen_again = _round_trip(degradation, boundary)
+    for _ in range(iterations):
+        total += missing
+        missing = missing - seen_again(missing)
+    for start in range(0, len(fused), BANDS_AT_A_TIME):
+        bands = slice(start, start + BANDS_AT_A_TIME)
+        fused[bands] += upsample(total[bands], scale, centre, boundary, cubic)
+    difference = hr_msi - apply_srf(fused, srf)
+    fused.view(len(fused), -1).addmm_(back, difference.flatten(1))
+    return fused
 
 
 def _round_trip(degradation: Degradation, boundary: str) -> Degradation:
