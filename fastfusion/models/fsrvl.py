@@ -27,7 +27,7 @@ from fastfusion._optional import need
 from fastfusion.data.sensors import BOUNDARIES, Degradation, apply_srf
 from fastfusion.losses import FSRVLLoss
 from fastfusion.models.base import FusionModel
-from fastfusion.models.regression import RegressionModel
+from fastfusion.models.regression import RegressionModel, consistent
 from fastfusion.nn.fsrvl import (
     FeatureSynchronization,
     FrequencyRecalibration,
@@ -225,21 +225,13 @@ class FSRVL(FusionModel):
         return self._prior(msi) + apply_srf(abundances, self.spectra.T)
 
     def _consistent(self, fused: Tensor, lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
-        step = RegressionModel(
-            degradation=self.degradation,
-            srf=self.srf,
-            weights=self.skip,
-            sharpness=self.skip.new_zeros(self.hsi_bands),
-            local=False,
-            ridge=1.0,
-            back=self.back,
-            floor=0.0,
-            iterations=4,
-            window_sigma=1.0,
+        degradation = self.degradation
+        return torch.stack(
+            [
+                consistent(z.clone(), y, x, degradation=degradation, srf=self.srf, back=self.back)
+                for z, y, x in zip(fused, lr_hsi, hr_msi, strict=True)
+            ]
         )
-        low_msi = step.degradation(hr_msi)
-        pairs = zip(fused, lr_hsi, hr_msi, low_msi, strict=True)
-        return torch.stack([step._consistent(z.clone(), y, x, low) for z, y, x, low in pairs])
 
     # -- fitting -------------------------------------------------------------------------------
 
