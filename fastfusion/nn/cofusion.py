@@ -19,6 +19,8 @@ from fastfusion.ops import checks
 
 DILATIONS = (1, 2, 4)
 GROUPS = 4
+# Of 512 to 16384 the fastest at 64 channels and expansion 4, and within 5 % of it at 5.
+PIXELS_A_THREAD = 2048
 
 
 class MultiScaleGenerator(nn.Module):
@@ -100,7 +102,7 @@ class SpaCAM(nn.Module):
         self.details = nn.ModuleList(
             DepthwiseConv2d(channels, channels, 3, activation="gelu", **kind) for _ in DILATIONS
         )
-        self.pointwise = nn.ModuleList(_pointwise(channels, expansion, **kind) for _ in DILATIONS)
+        self.pointwise = nn.ModuleList(Pointwise(channels, expansion, **kind) for _ in DILATIONS)
 
     def reset_parameters(self) -> None:
         """Draw the parameters afresh."""
@@ -112,7 +114,7 @@ class SpaCAM(nn.Module):
             self.contexts, self.details, self.pointwise, strict=True
         ):
             x = x + _channels_last(torch.softmax, context(pooled), dim=-1) * detail(x)
-            x = x + _channels_last(pointwise, x)
+            x = x + pointwise(x)
         return x
 
 
@@ -156,7 +158,7 @@ class SpeCAM(nn.Module):
         self.gate = nn.Linear(channels, channels, **kind)  # Map
         self.alpha = nn.Parameter(torch.empty((), **kind))  # a logit: alpha stays in (0, 1)
         self.middle = DepthwiseConv2d(channels, channels, 3, activation="gelu", **kind)
-        self.pointwise = _pointwise(channels, expansion, **kind)
+        self.pointwise = Pointwise(channels, expansion, **kind)
         nn.init.zeros_(self.alpha)
 
     def reset_parameters(self) -> None:
@@ -170,7 +172,7 @@ class SpeCAM(nn.Module):
         gate = self._gate(torch.cat([low.amax((2, 3)), high.amax((2, 3))], dim=1))
         alpha = self.alpha.sigmoid()
         mixed = low * (gate * alpha) + high * (gate * (1 - alpha))
-        return x + _channels_last(self.pointwise, self.middle(mixed))
+        return x + self.pointwise(self.middle(mixed))
 
     def _gate(self, maxima: Tensor) -> Tensor:
         """Stage 2: the attention ``a (B, C, 1, 1)`` of the maxima ``(B, 2C)``."""
@@ -244,19 +246,34 @@ class SSCFM(nn.Module):
         return spatial + first, spectral + second
 
 
+class Pointwise(nn.Sequential):
+    """Two 1x1 convolutions with a GELU between, as linear layers of the last dimension.
+
+    Shape: ``(B, C, H, W)`` to the same; ``expansion * C`` channels inside.
+    """
+
+    def __init__(self, channels: int, expansion: int, **kind: Any) -> None:
+        checks.integer("expansion", expansion, low=1)
+        super().__init__(
+            nn.Linear(channels, expansion * channels, **kind),
+            nn.GELU(),
+            nn.Linear(expansion * channels, channels, **kind),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return _channels_last(super().forward, x)
+        # Where no gradient needs it, the wide image inside is never whole: in pieces that stay in
+        # the cache this takes half the time.
+        pixels = x.permute(0, 2, 3, 1)
+        pieces = pixels.flatten(0, 2).split(PIXELS_A_THREAD * torch.get_num_threads())
+        y = torch.cat([super(Pointwise, self).forward(piece) for piece in pieces])
+        return y.view(pixels.shape).permute(0, 3, 1, 2)
+
+
 def _encoder(channels: int, depth: int, **kind: Any) -> nn.Sequential:
     blocks = (ResidualBlock(channels, **kind) for _ in range(depth))
     return nn.Sequential(conv3x3(channels, channels, **kind), *blocks)
-
-
-def _pointwise(channels: int, expansion: int, **kind: Any) -> nn.Sequential:
-    """Two 1x1 convolutions with a GELU between, as linear layers of the last dimension."""
-    checks.integer("expansion", expansion, low=1)
-    return nn.Sequential(
-        nn.Linear(channels, expansion * channels, **kind),
-        nn.GELU(),
-        nn.Linear(expansion * channels, channels, **kind),
-    )
 
 
 def _channels_last(function: Any, x: Tensor, **options: Any) -> Tensor:

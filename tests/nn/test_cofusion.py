@@ -78,6 +78,15 @@ def mixed(candidates, state, k):
     return torch.tensor(result, dtype=torch.float64)
 
 
+def test_pointwise_in_pieces(monkeypatch):
+    monkeypatch.setattr("fastfusion.nn.cofusion.PIXELS_A_THREAD", 50)
+    block, x = nn.SpaCAM(4, expansion=2), torch.randn(2, 4, 61, 47)  # no whole number of pieces
+    expected = block(x)
+    with torch.no_grad():
+        assert_close(block(x), expected, 1e-6, "without a gradient")
+        assert block(x[:0]).shape == (0, 4, 61, 47)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [8, 9])
 def test_specam(rows):
