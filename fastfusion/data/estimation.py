@@ -12,6 +12,9 @@ from fastfusion.data.sensors import BOUNDARIES, Degradation
 
 __all__ = ["estimate_sensors"]
 
+#: HSI pixels along a side from which the PSF is told; more only take longer.
+LARGEST = 160
+
 
 def estimate_sensors(
     lr_hsi: Tensor,
@@ -26,8 +29,9 @@ def estimate_sensors(
     The MSI brought to the HSI's grid must be a mixture of the HSI's bands.  The PSF, a Gaussian
     with its own width and centre along each axis, is the one for which least is left of the MSI
     once the HSI's bands have explained what they can (Gauss-Newton after a coarse search); its
-    centre takes up a shift between the sensors.  The boundary is the one that leaves least at the
-    edge.  The response then follows by non-negative least squares (FSRVL, equation 15).
+    centre takes up a shift between the sensors.  Where a free non-negative profile along each axis
+    leaves far less than a Gaussian, it is taken instead.  The boundary is the one that leaves
+    least at the edge.  The response then follows by non-negative least squares (FSRVL, eq. 15).
 
     Args:
         lr_hsi: ``(G, h, w)``.
@@ -63,7 +67,8 @@ def _estimate_srf(hsi: Tensor, low_msi: Tensor) -> Tensor:
     gram = gram + 1e-10 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram)).to(gram)
     root = torch.linalg.cholesky(gram)
     right = torch.linalg.solve_triangular(root, spectra @ target.T, upper=False)
-    rows = [nnls(root.T.cpu().numpy(), column.cpu().numpy())[0] for column in right.T]
+    matrix = root.T.cpu().numpy()
+    rows = [nnls(matrix, column.cpu().numpy(), maxiter=100 * len(gram))[0] for column in right.T]
     return torch.stack([torch.from_numpy(row) for row in rows]).to(hsi)
 
 
@@ -75,7 +80,7 @@ class _Psf(NamedTuple):
     y: float
     x: float
 
-    def degradation(self, scale: int, boundary: str = "replicate") -> Degradation:
+    def profiles(self, scale: int) -> _Profiles:
         offset = min(max(math.floor(min(self.y, self.x) + 0.5), 0), scale - 1)
         lines = []
         for sigma, centre in ((self.sigma_y, self.y), (self.sigma_x, self.x)):
@@ -83,7 +88,21 @@ class _Psf(NamedTuple):
             radius = math.ceil(3 * sigma + abs(away))
             line = _gaussian(torch.arange(-radius, radius + 1) - away, sigma)
             lines.append(line / line.sum())
-        return Degradation(torch.outer(*lines), scale, offset, boundary)
+        return _Profiles(lines[0], lines[1], offset)
+
+
+class _Profiles(NamedTuple):
+    """A separable PSF: its profile along each axis, and where the first sample is taken."""
+
+    column: Tensor
+    row: Tensor
+    offset: int
+
+    def with_line(self, column: bool, line: Tensor) -> _Profiles:
+        return self._replace(column=line) if column else self._replace(row=line)
+
+    def degradation(self, scale: int, boundary: str = "replicate") -> Degradation:
+        return Degradation(torch.outer(self.column, self.row), scale, self.offset, boundary)
 
 
 def _gaussian(position: Tensor, sigma: float) -> Tensor:
@@ -94,34 +113,57 @@ class _Misfit:
     """How much of the degraded MSI the HSI's bands do not explain, band by band."""
 
     def __init__(self, hsi: Tensor, msi: Tensor, scale: int) -> None:
-        self.msi, self.scale = msi, scale
+        # The middle of a large scene tells enough.
+        self.scale, crop = scale, [max(0, (n - LARGEST) // 2) for n in hsi.shape[-2:]]
+        (top, left), (height, width) = crop, (min(n, LARGEST) for n in hsi.shape[-2:])
+        hsi = hsi[:, top : top + height, left : left + width]
+        self.msi = msi[
+            :, top * scale : (top + height) * scale, left * scale : (left + width) * scale
+        ]
         # Edge pixels depend on what lies beyond the image; leave them out where enough remain.
-        margin = 2 if min(hsi.shape[-2:]) >= 12 else 0
-        self.inside = (slice(None), *(slice(margin, n - margin) for n in hsi.shape[-2:]))
+        margin = min(3, min(height, width) // 6)
+        self.inside = (
+            ...,
+            slice(margin, height - margin),
+            slice(margin, width - margin),
+        )
         spectra = hsi[self.inside].flatten(1).T
         spectra = torch.cat([torch.ones_like(spectra[:, :1]), spectra - spectra.mean(0)], 1)
         vectors, values, _ = torch.linalg.svd(spectra, full_matrices=False)
-        # Eight pixels for every direction, or they would explain anything.
-        keep = min(int((values > 1e-6 * values[0]).sum()), max(1, len(spectra) // 8))
+        # Four pixels for every direction, or they would explain anything.
+        keep = min(int((values > 1e-6 * values[0]).sum()), max(1, len(spectra) // 4))
         self.basis = vectors[:, :keep]
 
-    def residual(self, low_msi: Tensor) -> tuple[Tensor, Tensor]:
-        """Unexplained part ``(pixels, g)`` and the whole, both without their means."""
-        whole = low_msi[self.inside].flatten(1).T
-        whole = whole - whole.mean(0)
-        return whole - self.basis @ (self.basis.T @ whole), whole
+    def residual(self, low_msi: Tensor) -> Tensor:
+        """Unexplained share ``(g, pixels)`` of a degraded MSI without its mean; the squares of a
+        band's row sum to 1 where nothing is explained."""
+        whole = low_msi[self.inside].flatten(1)
+        whole = whole - whole.mean(1, keepdim=True)
+        rest = whole - (whole @ self.basis) @ self.basis.T
+        return rest / whole.norm(dim=1, keepdim=True).clamp_min(1e-15)
 
-    def at(self, psf: _Psf) -> float:
-        rest, whole = self.residual(psf.degradation(self.scale)(self.msi))
-        return ((rest**2).sum(0) / (whole**2).sum(0).clamp_min(1e-30)).sum().item()
+    def of(self, profiles: _Profiles) -> Tensor:
+        return self.residual(profiles.degradation(self.scale)(self.msi))
+
+    def at(self, psf: _Psf) -> Tensor:
+        return self.of(psf.profiles(self.scale))
 
 
 def _estimate_degradation(hsi: Tensor, msi: Tensor, scale: int) -> Degradation:
     misfit = _Misfit(hsi, msi, scale)
     middle, sigma = (scale - 1) / 2, 0.5 * scale
     steps = [middle + scale * s for s in (-1, -0.5, 0, 0.5, 1)]
-    best = min((_Psf(sigma, sigma, y, x) for y in steps for x in steps), key=misfit.at)
-    best = _gauss_newton(misfit, best)
+    start = min(
+        (_Psf(sigma, sigma, y, x) for y in steps for x in steps),
+        key=lambda psf: misfit.at(psf).square().sum().item(),
+    )
+    best = _gauss_newton(misfit, start).profiles(scale)
+    unexplained = misfit.of(best).square().sum().item()
+    # Below, it is a Gaussian; and a few pixels cannot tell a profile tap by tap.
+    if unexplained > 1e-6 and misfit.basis.shape[0] >= 16 * len(best.column):
+        free = _free_profiles(misfit, best)
+        if misfit.of(free).square().sum().item() < 0.5 * unexplained:
+            best = free
     at_edge = {
         boundary: _edge_misfit(hsi, best.degradation(scale, boundary)(msi))
         for boundary in BOUNDARIES
@@ -129,22 +171,53 @@ def _estimate_degradation(hsi: Tensor, msi: Tensor, scale: int) -> Degradation:
     return best.degradation(scale, min(at_edge, key=at_edge.__getitem__))
 
 
+def _free_profiles(misfit: _Misfit, profiles: _Profiles) -> _Profiles:
+    """Non-negative profiles that sum to 1, by least squares along one axis after the other.
+
+    They are drawn to the Gaussian's in as far as the data, by what they leave unexplained, are
+    noisy: a Gaussian prior of a tenth of the peak.
+    """
+    prior = profiles
+    for turn in range(12):
+        along_columns = turn % 2 == 0
+        line, start = (p.column if along_columns else p.row for p in (profiles, prior))
+        # The degraded MSI is linear in one profile: what each of its taps alone gives.
+        taps = []
+        for tap in torch.eye(len(line), dtype=line.dtype):
+            one = profiles.with_line(along_columns, tap)
+            taps.append(one.degradation(misfit.scale)(misfit.msi)[misfit.inside].flatten(1))
+        columns = torch.stack(taps, 1)  # (g, taps, pixels)
+        columns = columns - columns.mean(2, keepdim=True)
+        whole = torch.einsum("gtp,t->gp", columns, line).norm(dim=1).clamp_min(1e-15)
+        columns = columns / whole[:, None, None]
+        columns = columns - (columns @ misfit.basis) @ misfit.basis.T
+
+        noise = torch.einsum("gtp,t->gp", columns, line).square().mean()
+        pull = noise / (0.1 * start.max()) ** 2
+        # Least squares with the taps' sum for a constraint (its multiplier is the last unknown).
+        gram = torch.einsum("gtp,gup->tu", columns, columns)
+        size, ones = len(line), torch.ones_like(line)[:, None]
+        gram = gram + (pull + 1e-12 * gram.diagonal().mean()) * torch.eye(size, dtype=line.dtype)
+        system = torch.cat([torch.cat([gram, ones], 1), torch.cat([ones, ones[:1] * 0]).T])
+        right = torch.cat([pull * start, ones[0]])
+        line = torch.linalg.solve(system, right)[:size].clamp_min(0)
+        line = line / line.sum().clamp_min(1e-15)
+        profiles = profiles.with_line(along_columns, line)
+    return profiles
+
+
 def _gauss_newton(misfit: _Misfit, psf: _Psf) -> _Psf:
     """Levenberg and Marquardt's descent with numerical derivatives, one for each of 4 numbers."""
     scale = misfit.scale
     step = 0.02 * scale
 
-    def scaled(psf: _Psf) -> Tensor:
-        rest, whole = misfit.residual(psf.degradation(scale)(misfit.msi))
-        return (rest / whole.norm(dim=0).clamp_min(1e-15)).flatten()
-
-    value, damping = scaled(psf), 1e-3
+    value, damping = misfit.at(psf).flatten(), 1e-3
     for _ in range(20):
         columns = []
         for number in range(4):
             moved = list(psf)
             moved[number] += step
-            columns.append((scaled(_Psf(*moved)) - value) / step)
+            columns.append((misfit.at(_Psf(*moved)).flatten() - value) / step)
         jacobian = torch.stack(columns, 1)
         gram, gradient = jacobian.T @ jacobian, jacobian.T @ value
         while damping < 1e6:
@@ -159,7 +232,7 @@ def _gauss_newton(misfit: _Misfit, psf: _Psf) -> _Psf:
                 y=min(max(trial.y, -1.5 * scale), 2.5 * scale),
                 x=min(max(trial.x, -1.5 * scale), 2.5 * scale),
             )
-            new = scaled(trial)
+            new = misfit.at(trial).flatten()
             if new.square().sum() < value.square().sum():
                 break
             damping *= 10
