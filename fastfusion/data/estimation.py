@@ -168,7 +168,10 @@ def _estimate_degradation(hsi: Tensor, msi: Tensor, scale: int) -> Degradation:
         boundary: _edge_misfit(hsi, best.degradation(scale, boundary)(msi))
         for boundary in BOUNDARIES
     }
-    return best.degradation(scale, min(at_edge, key=at_edge.__getitem__))
+    boundary = min(at_edge, key=at_edge.__getitem__)
+    if at_edge[boundary] > 0.8 * at_edge["symmetric"]:  # none stands out
+        boundary = "symmetric"
+    return best.degradation(scale, boundary)
 
 
 def _free_profiles(misfit: _Misfit, profiles: _Profiles) -> _Profiles:

@@ -276,17 +276,6 @@ class RegressionModel:
             iterations=self.iterations,
         )
 
-    def _consistent(self, fused: Tensor, lr_hsi: Tensor, hr_msi: Tensor, low_msi: Tensor) -> Tensor:
-        return consistent(
-            fused,
-            lr_hsi,
-            hr_msi,
-            degradation=self.degradation,
-            srf=self.srf,
-            back=self.back,
-            iterations=self.iterations,
-        )
-
 
 def as_degradation(psf: Tensor | Degradation | None, scale: int) -> Degradation | None:
     """A `Degradation` from what users give as ``psf``."""
