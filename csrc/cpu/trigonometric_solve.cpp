@@ -9,9 +9,9 @@
 namespace fastfusion::FF_CAPABILITY {
 namespace {
 
-// Coefficients in the order of the lanes: entry i of channel c at i * stride +
-// c.
-template <typename T> struct Solver {
+// Coefficients in the order of the lanes: entry i of channel c at i * stride + c.
+template <typename T>
+struct Solver {
   using A = Accumulator<T>;
   static constexpr int lanes = kLanes<A>;
 
@@ -19,123 +19,117 @@ template <typename T> struct Solver {
   int64_t packed, channels, stride;
   std::vector<A> series, slopes, offset;
 
-  Solver(const SolverCall &call, bool backward)
+  Solver(const SolverCall& call, bool backward)
       : groups(series_groups(call.basis)),
-        packed(int64_t{groups} * kPackedGroup), channels(call.channels),
+        packed(int64_t{groups} * kPackedGroup),
+        channels(call.channels),
         stride((call.channels + lanes - 1) / lanes * lanes),
         series(backward ? 0 : packed * stride),
-        slopes(backward ? packed * stride : 0), offset(stride) {
+        slopes(backward ? packed * stride : 0),
+        offset(stride) {
     std::vector<A> sine(call.basis), cosine(call.basis);
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t q = 0; q < call.basis; ++q) {
-        sine[q] = widen(static_cast<const T *>(call.sine)[c * call.basis + q]);
-        cosine[q] =
-            widen(static_cast<const T *>(call.cosine)[c * call.basis + q]);
+        sine[q] = widen(static_cast<const T*>(call.sine)[c * call.basis + q]);
+        cosine[q] = widen(static_cast<const T*>(call.cosine)[c * call.basis + q]);
       }
-      pack_series(sine.data(), cosine.data(), call.basis, call.fundamental,
-                  backward, (backward ? slopes : series).data() + c, stride);
-      if (call.offset)
-        offset[c] = widen(static_cast<const T *>(call.offset)[c]);
+      pack_series(sine.data(), cosine.data(), call.basis, call.fundamental, backward,
+                  (backward ? slopes : series).data() + c, stride);
+      if (call.offset) offset[c] = widen(static_cast<const T*>(call.offset)[c]);
     }
   }
 };
 
-// Call f(row, first channel, channels) on the vectors of a row.
-template <int lanes, typename F>
-void for_vectors(int64_t channels, const F &f) {
-  for (int64_t c = 0; c < channels; c += lanes)
-    f(c, static_cast<int>(std::min<int64_t>(lanes, channels - c)));
+// Call f(row, rows, first channel, channels) on batches of neighbouring rows, vector by vector.
+template <typename A, typename F>
+void for_batches(int64_t first, int64_t last, int64_t channels, const F& f) {
+  for (int64_t row = first; row < last; row += Phases<A>::kCount)
+    for (int64_t c = 0; c < channels; c += kLanes<A>)
+      f(row, static_cast<int>(std::min<int64_t>(Phases<A>::kCount, last - row)), c,
+        static_cast<int>(std::min<int64_t>(kLanes<A>, channels - c)));
 }
 
-template <typename T> void solve(const SolverCall &call, T *to) {
-  using V = Vector<Accumulator<T>>;
+template <typename T>
+void solve(const SolverCall& call, T* to) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
   const Solver<T> s(call, false);
-  const T *from = static_cast<const T *>(call.latents);
+  const T* from = static_cast<const T*>(call.latents);
   parallel_for(0, call.count, 64, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-      for_vectors<Solver<T>::lanes>(s.channels, [&](int64_t c, int count) {
-        const int64_t at = row * s.channels + c;
-        const Phase<V> phase(load(from + at, count), call.fundamental,
-                             call.squash);
-        const V sum = evaluate_series(
-            Powers<V>(phase.sine, phase.cosine), s.groups,
-            [&](int i) { return load(&s.series[i * s.stride + c]); });
-        store(to + at, phase.z + load(&s.offset[c]) + sum, count);
-      });
+    for_batches<A>(first, last, s.channels, [&](int64_t row, int rows, int64_t c, int width) {
+      const int64_t at = row * s.channels + c;
+      const Phases<A> phases(rows, call.fundamental, call.squash,
+                             [&](int n) { return load(from + at + n * s.channels, width); });
+      for (int n = 0; n < rows; ++n) {
+        const V sum = evaluate_series(phases.powers(n), s.groups,
+                                      [&](int i) { return load(&s.series[i * s.stride + c]); });
+        store(to + at + n * s.channels, phases.z[n] + load(&s.offset[c]) + sum, width);
+      }
+    });
   });
 }
 
 template <typename T>
-void solve_backward(const SolverCall &call, const T *grad,
-                    const SolverResult &result) {
+void solve_backward(const SolverCall& call, const T* grad, const SolverResult& result) {
   using A = Accumulator<T>;
   using V = Vector<A>;
   const Solver<T> s(call, true);
-  const T *from = static_cast<const T *>(call.latents);
-  // A fixed number of sums, so that the result does not depend on the number of
-  // threads.
-  const int64_t size = (s.packed + 1) * s.stride,
-                count = std::clamp<int64_t>(call.count / 64, 1, 64);
+  const T* from = static_cast<const T*>(call.latents);
+  T* to = static_cast<T*>(result.latents);
+  // A fixed number of sums, so that the result does not depend on the number of threads.
+  const int64_t size = (s.packed + 1) * s.stride;
+  const int64_t count = std::clamp<int64_t>(call.count / 64, 1, 64);
   std::vector<A> sums(count * size);
-  parallel_for(0, count, 1, [&](int64_t first_sum, int64_t last_sum) {
-    for (int64_t n = first_sum; n < last_sum; ++n) {
-      A *series = &sums[n * size], *offset = series + s.packed * s.stride;
-      for (int64_t row = n * call.count / count;
-           row < (n + 1) * call.count / count; ++row)
-        for_vectors<Solver<T>::lanes>(s.channels, [&](int64_t c, int lanes) {
-          const int64_t at = row * s.channels + c;
-          const V g = load(grad + at, lanes);
-          const Phase<V> phase(load(from + at, lanes), call.fundamental,
-                               call.squash);
-          const Powers<V> powers(phase.sine, phase.cosine);
-          const V slope = evaluate_series(powers, s.groups, [&](int i) {
-            return load(&s.slopes[i * s.stride + c]);
-          });
-          coefficient_gradients(powers, s.groups, g, [&](int i, V v) {
-            store(series + i * s.stride + c,
-                  load(series + i * s.stride + c) + v);
-          });
-          store(offset + c, load(offset + c) + g);
-          if (result.latents)
-            store(static_cast<T *>(result.latents) + at,
-                  g * (1 + slope) * phase.slope, lanes);
-        });
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      A* sum = &sums[part * size];
+      const int64_t first = part * call.count / count, last = (part + 1) * call.count / count;
+      for_batches<A>(first, last, s.channels, [&](int64_t row, int rows, int64_t c, int width) {
+        const int64_t at = row * s.channels + c;
+        const Phases<A> phases(rows, call.fundamental, call.squash,
+                               [&](int n) { return load(from + at + n * s.channels, width); });
+        const auto add = [&](int64_t i, V v) {
+          A* place = sum + i * s.stride + c;
+          store(place, load(place) + v);
+        };
+        for (int n = 0; n < rows; ++n) {
+          const V g = load(grad + at + n * s.channels, width);
+          const Powers<V> powers = phases.powers(n);
+          const V slope = evaluate_series(powers, s.groups,
+                                          [&](int i) { return load(&s.slopes[i * s.stride + c]); });
+          coefficient_gradients(powers, s.groups, g, add);
+          add(s.packed, g);
+          if (to) store(to + at + n * s.channels, g * (1 + slope) * phases.slope(n), width);
+        }
+      });
     }
   });
   for (int64_t n = 1; n < count; ++n)
-    for (int64_t i = 0; i < size; ++i)
-      sums[i] += sums[n * size + i];
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[n * size + i];
 
   std::vector<A> sine(call.basis), cosine(call.basis);
   for (int64_t c = 0; c < s.channels; ++c) {
-    unpack_gradients([&](int64_t i) { return sums[i * s.stride + c]; },
-                     call.basis, sine.data(), cosine.data());
+    unpack_gradients([&](int64_t i) { return sums[i * s.stride + c]; }, call.basis, sine.data(),
+                     cosine.data());
     for (int64_t q = 0; q < call.basis; ++q) {
-      if (result.sine)
-        static_cast<T *>(result.sine)[c * call.basis + q] = narrow<T>(sine[q]);
-      if (result.cosine)
-        static_cast<T *>(result.cosine)[c * call.basis + q] =
-            narrow<T>(cosine[q]);
+      if (result.sine) static_cast<T*>(result.sine)[c * call.basis + q] = narrow<T>(sine[q]);
+      if (result.cosine) static_cast<T*>(result.cosine)[c * call.basis + q] = narrow<T>(cosine[q]);
     }
-    if (result.offset)
-      static_cast<T *>(result.offset)[c] =
-          narrow<T>(sums[s.packed * s.stride + c]);
+    if (result.offset) static_cast<T*>(result.offset)[c] = narrow<T>(sums[s.packed * s.stride + c]);
   }
 }
 
-} // namespace
+}  // namespace
 
-void trigonometric_solve(const SolverCall &call, void *solved) {
+void trigonometric_solve(const SolverCall& call, void* solved) {
+  with_type(call.type, [&](auto zero) { solve(call, static_cast<decltype(zero)*>(solved)); });
+}
+
+void trigonometric_solve_backward(const SolverCall& call, const void* grad,
+                                  const SolverResult& result) {
   with_type(call.type, [&](auto zero) {
-    solve(call, static_cast<decltype(zero) *>(solved));
+    solve_backward(call, static_cast<const decltype(zero)*>(grad), result);
   });
 }
 
-void trigonometric_solve_backward(const SolverCall &call, const void *grad,
-                                  const SolverResult &result) {
-  with_type(call.type, [&](auto zero) {
-    solve_backward(call, static_cast<const decltype(zero) *>(grad), result);
-  });
-}
-
-} // namespace fastfusion::FF_CAPABILITY
+}  // namespace fastfusion::FF_CAPABILITY
