@@ -93,6 +93,18 @@ class Line {
     for (int64_t n = 0; n < length_ * size; n += 64) __builtin_prefetch(bytes + n, Write, 2);
   }
 
+  // Call f(position in the line, place in memory) on every `step` elements of a channel, where all
+  // segments are made of such pieces and lie inside of the image; false where they are not.
+  template <typename T, typename F>
+  bool for_pieces(const Image& x, int64_t channel, int64_t step, const F& f) const {
+    if (!whole_pieces(x, step)) return false;
+    for (const Segment& s : segments_) {
+      T* from = x.at<T>(s.from.image, channel, s.from.row, s.from.column);
+      for (int64_t n = 0; n < s.length; n += step) f(s.at + n, from + n);
+    }
+    return true;
+  }
+
   // Where to write the elements to: in place or into `buffer`, which `finish` then brings home.
   template <typename T>
   T* begin(const Image& y, int64_t channel, int64_t down, T* buffer) const {
@@ -112,6 +124,11 @@ class Line {
   static int64_t count_inside(const Segment& s, const Image& x, int64_t down) {
     if (s.from.row + down >= x.rows) return 0;
     return std::clamp<int64_t>(x.columns - s.from.column, 0, s.length);
+  }
+  bool whole_pieces(const Image& x, int64_t step) const {
+    for (const Segment& s : segments_)
+      if (s.length % step != 0 || count_inside(s, x, 0) < s.length) return false;
+    return true;
   }
   template <typename T>
   T* in_place(const Image& x, int64_t channel, int64_t down) const {
@@ -376,6 +393,11 @@ class Run {
       using T = decltype(zero);
       if (x.rows_dense()) {
         for (int64_t c = begin; c < end; ++c) {
+          A* const row = to.at(c - begin, 0);
+          if (line_.template for_pieces<T>(x, c, lanes, [&](int64_t at, const T* from) {
+                store(row + at / lanes * to.column, load(from));
+              }))
+            continue;
           const T* line = line_.read(x, c, 0, reinterpret_cast<T*>(buffer));
           for (int64_t n = 0; n < vectors(); ++n)
             store(to.at(c - begin, n), load(line + n * lanes));
@@ -396,6 +418,11 @@ class Run {
       if (y.rows_dense()) {
         T* const spare = reinterpret_cast<T*>(buffer);
         for (int64_t c = begin; c < end; ++c) {
+          const A* const row = from.at(c - begin, 0);
+          if (line_.template for_pieces<T>(y, c, lanes, [&](int64_t at, T* to) {
+                store(to, load(row + at / lanes * from.column));
+              }))
+            continue;
           T* line = line_.begin(y, c, 0, spare);
           for (int64_t n = 0; n < vectors(); ++n)
             store(line + n * lanes, load(from.at(c - begin, n)));
