@@ -11,9 +11,9 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
+#include "haar_blocks.h"
 #include "parallel.h"
 #include "stream.h"
 #include "vector.h"
@@ -23,140 +23,21 @@ namespace {
 
 // Elements of a row that are handled at once: the buffers of a piece stay in the first-level cache.
 constexpr int64_t kPiece = 2048;
-// How far ahead of its use a row is fetched, in bytes. The hardware's own prefetch stops at the end
-// of a page and does not know of the second row: without this a transform takes twice the time.
-constexpr int64_t kAhead = 6144;
 // Elements of an image worth a thread of their own.
 constexpr int64_t kGrain = 1 << 15;
-
-// -- the place of a block -------------------------------------------------------------------------
-
-template <typename V>
-struct Pair {
-  V left, right;
-};
-template <typename V>
-Pair(V, V) -> Pair<V>;
-
-template <typename V, size_t... I>
-FF_INLINE Pair<V> deinterleave(V first, V second, std::index_sequence<I...>) {
-  return {__builtin_shufflevector(first, second, (2 * I)...),
-          __builtin_shufflevector(first, second, (2 * I + 1)...)};
-}
-
-template <typename V, size_t... I>
-FF_INLINE Pair<V> interleave(Pair<V> p, std::index_sequence<I...>) {
-  constexpr size_t n = sizeof...(I), half = n / 2;
-  return {__builtin_shufflevector(p.left, p.right, (I / 2 + (I % 2) * n)...),
-          __builtin_shufflevector(p.left, p.right, (half + I / 2 + (I % 2) * n)...)};
-}
-
-// Where one block, or (wide) a vector of neighbouring ones, lies in its rows: `band` in a row of a
-// band, `left` in a row of the image, its right column `unit` further. In NCHW the unit is 1 and
-// the two columns of neighbouring blocks alternate; in NHWC it is the number of channels. An edge
-// block has no right column.
-template <bool planar, bool wide, bool edge>
-struct Block {
-  static constexpr bool kEdge = edge;
-  int64_t band, left, unit;
-
-  template <typename T>
-  FF_INLINE auto get(const T* row) const {
-    if constexpr (wide)
-      return load(row + band);
-    else
-      return widen(row[band]);
-  }
-  template <typename A, typename V>
-  FF_INLINE void put(A* row, V value) const {
-    if constexpr (wide)
-      store(row + band, value);
-    else
-      row[band] = value;
-  }
-  // Both columns; of an edge block the left one twice. What lies `ahead` is fetched meanwhile.
-  template <typename T>
-  FF_INLINE auto get_pair(const T* row, int64_t ahead) const {
-    if constexpr (wide) {
-      __builtin_prefetch(row + left + ahead);
-      if constexpr (!edge)
-        __builtin_prefetch(row + left + (planar ? kLanes<Accumulator<T>> : unit) + ahead);
-    }
-    if constexpr (!wide) {
-      const auto value = widen(row[left]);
-      return Pair<decltype(value + 0)>{value, edge ? value : widen(row[left + (edge ? 0 : unit)])};
-    } else {
-      constexpr int lanes = kLanes<Accumulator<T>>;
-      const auto value = load(row + left);
-      if constexpr (edge)
-        return Pair<Vector<Accumulator<T>>>{value, value};
-      else if constexpr (planar)
-        return deinterleave(value, load(row + left + lanes), std::make_index_sequence<lanes>());
-      else
-        return Pair<Vector<Accumulator<T>>>{value, load(row + left + unit)};
-    }
-  }
-  template <typename A, typename V>
-  FF_INLINE void put_pair(A* row, Pair<V> p) const {
-    if constexpr (!wide) {
-      row[left] = p.left;
-      if constexpr (!edge) row[left + unit] = p.right;
-    } else if constexpr (planar) {
-      const Pair<V> mixed = interleave(p, std::make_index_sequence<kLanes<A>>());
-      store(row + left, mixed.left);
-      store(row + left + kLanes<A>, mixed.right);
-    } else {
-      store(row + left, p.left);
-      if constexpr (!edge) store(row + left + unit, p.right);
-    }
-  }
-};
-
-// Call f(wide, index) so that all of [0, count) is covered: by vectors, the last of which may
-// overlap the one before (results are written twice, alike), or one by one where there are fewer.
-template <typename A, typename F>
-FF_INLINE void cover(int64_t count, const F& f) {
-  constexpr int64_t lanes = kLanes<A>;
-  if (count < lanes) {
-    for (int64_t i = 0; i < count; ++i) f(std::false_type(), i);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) f(std::true_type(), i);
-  if (i < count) f(std::true_type(), count - lanes);
-}
-
-// Call f(block) for all blocks of a pair of rows of so many pixels.
-template <bool planar, typename A, typename F>
-FF_INLINE void for_blocks(int64_t pixels, int64_t unit, const F& f) {
-  const int64_t whole = pixels / 2;
-  if constexpr (planar) {
-    cover<A>(whole, [&](auto wide, int64_t j) { f(Block<true, wide, false>{j, 2 * j, 1}); });
-    if (pixels % 2) f(Block<true, false, true>{whole, pixels - 1, 1});
-  } else {
-    for (int64_t j = 0; j < whole; ++j)
-      cover<A>(unit, [&](auto wide, int64_t c) {
-        f(Block<false, wide, false>{j * unit + c, 2 * j * unit + c, unit});
-      });
-    if (pixels % 2)
-      cover<A>(unit, [&](auto wide, int64_t c) {
-        f(Block<false, wide, true>{whole * unit + c, 2 * whole * unit + c, unit});
-      });
-  }
-}
 
 // -- pieces of rows -------------------------------------------------------------------------------
 
 // The rows of an image as both layouts have them: `unit` elements make a pixel.
 template <typename T, bool planar>
 struct Rows {
-  explicit Rows(const Image& image, bool streaming = false) : image(image), streaming(streaming) {
-    const int64_t pair = 2 * image.columns * unit() * sizeof(T);
-    if (pair < kAhead) ahead = (kAhead + pair - 1) / pair * 2 * image.row_stride;
-  }
+  explicit Rows(const Image& image, bool streaming = false)
+      : image(image),
+        streaming(streaming),
+        ahead(elements_ahead<T>(image.columns * unit(), image.row_stride)) {}
   const Image& image;
-  const bool streaming;                // whether they are written past the caches
-  int64_t ahead = kAhead / sizeof(T);  // elements from a pair of rows to what will be read soon
+  const bool streaming;  // whether they are written past the caches
+  const int64_t ahead;   // elements from a pair of rows to what will be read soon
 
   int64_t unit() const { return planar ? 1 : image.channels; }
   int64_t planes() const { return planar ? image.batch * image.channels : image.batch; }

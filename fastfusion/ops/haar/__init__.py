@@ -22,6 +22,11 @@ def _halves(x: Any) -> tuple[int, int, int, int]:
     return batch, channels, (rows + 1) // 2, (columns + 1) // 2
 
 
+def _pixels(x: Any) -> int:
+    batch, channels, rows, columns = x
+    return batch * channels * rows * columns
+
+
 def _blocks(x: Any) -> int:
     batch, channels, rows, columns = _halves(x)
     return batch * channels * rows * columns
@@ -55,7 +60,18 @@ split = Operator(
     batched=("x",),
     autocast="widest",
 )
-for _operator in (dwt, idwt, split):
+maxima = Operator(
+    "spectral_maxima(Tensor x, Tensor low_weight, Tensor? low_bias, Tensor high_weight,"
+    " Tensor? high_bias) -> Tensor",
+    reference=reference.spectral_maxima,
+    fake=lambda x, *rest: x.new_empty((x.shape[0], 2 * x.shape[1])),
+    # The split, and two filters of nine taps.
+    flops=lambda x, *rest: 8 * _blocks(x) + 36 * _pixels(x),
+    backward_flops=lambda x, *rest, wanted: 8 * _blocks(x) + 36 * _pixels(x),
+    batched=("x",),
+    autocast="lower",
+)
+for _operator in (dwt, idwt, split, maxima):
     _operator.add_cpp()
 
 
@@ -151,6 +167,47 @@ def haar_split2d(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """
     checks.tensor("x", x, dims=4, shape="(B, C, H, W)")
     return split(x, backend=backend)
+
+
+def _spectral_maxima(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """What SpeCAM's first stage makes of an image (CoFusion, Algorithm 1, lines 1 to 3).
+
+    ``low, high = haar_split2d(x)``; a depthwise 3x3 convolution (zero padding) and the exact GELU
+    on each; the spatial maximum of each channel. Of equal maxima the first one, row by row, gets
+    the gradient.
+
+    Args:
+        x: ``(B, C, H, W)``, not empty.
+        low_weight, high_weight: ``(C, 1, 3, 3)``; low_bias, high_bias: ``(C,)`` or None.
+        backend: see :func:`fastfusion.backend`.
+
+    Returns:
+        ``(B, 2C)``: the maxima of the low band, then those of the high band.
+
+    >>> import torch
+    >>> weight = torch.zeros(1, 1, 3, 3)
+    >>> weight[0, 0, 1, 1] = 1
+    >>> x = torch.tensor([[[[40.0, 20.0], [20.0, 40.0]]]])
+    >>> _spectral_maxima(x, weight, None, weight, None)
+    tensor([[30., 10.]])
+    """
+    checks.tensor("x", x, dims=4, shape="(B, C, H, W)")
+    channels = x.shape[1]
+    for name, weight, bias in (("low", low_weight, low_bias), ("high", high_weight, high_bias)):
+        checks.parameter(
+            f"{name}_weight", weight, (channels, 1, 3, 3), shape="(C, 1, 3, 3)", like=x
+        )
+        if bias is not None:
+            checks.parameter(f"{name}_bias", bias, (channels,), shape="(C,)", like=x)
+    return maxima(x, low_weight, low_bias, high_weight, high_bias, backend=backend)
 
 
 __all__ = ["haar_dwt2d", "haar_idwt2d", "haar_split2d"]

@@ -55,3 +55,23 @@ def haar_split2d(x: Tensor) -> tuple[Tensor, Tensor]:
     zero = torch.zeros_like(ll)
     low = haar_idwt2d(ll, zero, zero, zero, x.shape[-2], x.shape[-1])
     return low.to(x.dtype), (y - low).to(x.dtype)
+
+
+def spectral_maxima(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+) -> Tensor:
+    """See :func:`fastfusion.ops.haar._spectral_maxima`."""
+    dtype = x.dtype
+    x, low_weight, high_weight = wide(x), wide(low_weight), wide(high_weight)
+    low_bias, high_bias = wide(low_bias), wide(high_bias)
+    low, high = haar_split2d(x)
+    maxima = []
+    for part, weight, bias in ((low, low_weight, low_bias), (high, high_weight, high_bias)):
+        response = F.gelu(F.conv2d(part, weight, bias, padding=1, groups=x.shape[1]))
+        # Not amax: that shares a gradient among equal maxima, max gives it to the first.
+        maxima.append(response.flatten(2).max(dim=-1).values)
+    return torch.cat(maxima, dim=1).to(dtype)
