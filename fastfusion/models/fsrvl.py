@@ -4,10 +4,10 @@ The fused image is ``Z = A E``: abundances that a network with filters in the Fo
 from the MSI, times endmembers that are learnt from the HSI (anonymous authors, "Unsupervised
 Multi-Sensor Spectral Image Fusion via Frequency-Spatial Reciprocal-View Learning").
 
-What is added to the paper, each with an option that leaves it out, is told and measured in
-docs/quality.md: the regression as a skip connection (``prior``), the step that brings the result
-back to both sensors (``consistency``), the canvas of the filters (``extend``), and training on the
-HSI's grid, where a step costs ``scale**2`` times less (``steps`` and ``full_steps`` of `fit`).
+What is added to the paper, each with an option that leaves it out: the regression as a skip
+connection (``prior``), the step that brings the result back to both sensors (``consistency``), the
+canvas of the filters (``extend``), and training on the HSI's grid, where a step costs ``scale**2``
+times less (``steps`` and ``full_steps`` of `FSRVL.fit`).
 """
 
 from __future__ import annotations
