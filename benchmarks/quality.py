@@ -159,7 +159,7 @@ def page(rows: list[dict[str, Any]], folder: Path) -> str:
         "0.5*scale, size 2*ceil(3 sigma)+1, circular, sampled from offset 0. The MSI of the CAVE "
         "scenes is made by the matrix `P` of `nikon_d700_P_N_V2.mat`; that of jasper_ridge by four "
         "flat bands; that of paris_eo1 is the real ALI image. Times are of single runs on a shared "
-        "machine, and no benchmark; the fits end by them, so a quieter machine gives fsrvl more steps. "
+        "machine, and no benchmark; a fit ends by them: a quieter machine gives fsrvl more steps. "
         "What else was tried: [regression.md](regression.md), [fsrvl.md](fsrvl.md).",
         "",
     ]
