@@ -37,7 +37,8 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unused-parameter",
-    "-Wno-maybe-uninitialized",  # gcc 12 says it of its own AVX-512 header
+    "-Wno-uninitialized",  # gcc 12 says it of its own AVX-512 header, and this one:
+    "-Wno-maybe-uninitialized",
     "-Wno-psabi",  # vectors are passed between inlined functions only
 ]
 TORCH_FLAGS = ["-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
@@ -118,7 +119,7 @@ def _ninja_file(torch: Path, compiler: list[str], objects: Path, library: Path, 
         # `import torch` has brought it.
         f"  command = {command} -shared {extra} $in -o $out "
         f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu -Wl,--no-undefined "
-        "-Wl,--allow-shlib-undefined -Wl,--as-needed -s",
+        f"-Wl,--allow-shlib-undefined -Wl,--as-needed {'' if extra else '-s'}",
         "  description = link $out",
     ]
     built = []

@@ -16,8 +16,8 @@
 namespace fastfusion::FF_CAPABILITY {
 namespace {
 
-// Rows of the output (of one lattice) that are made at a time: enough for the tallest tile.
-constexpr int64_t kGroup = 4;
+// Rows of the output (of one lattice) that are made at a time: as many as a tile can take.
+int64_t group_of(const FilterShape& shape) { return std::min<int64_t>(shape.rows, kTileRows); }
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -59,24 +59,26 @@ FF_INLINE V derivative(V x, Activation activation) {
 }
 
 // A line of sums as the tiles leave it: `columns` of one channel at (b, channel, row, column), or
-// as many pixels of a block of `lanes` channels, a vector each.
+// as many pixels of `channels` channels, whole vectors each.
 template <typename A>
 struct Line {
   const A* sums;
-  int64_t b, channel, row, column, columns;
-  int lanes;
+  int64_t b, channel, row, column, columns, channels;
 };
 
 // Call f(vector of sums, offset from the line's first element in `image`, count of valid lanes).
 template <bool kAcross, typename A, typename F>
 FF_INLINE void for_vectors(const Line<A>& line, const Image& image, const F& f) {
-  constexpr int kLane = kLanes<A>;
+  constexpr int64_t kLane = kLanes<A>;
   if constexpr (kAcross) {
+    const A* sums = line.sums;
     for (int64_t p = 0; p < line.columns; ++p)
-      f(load(line.sums + p * kLane), p * image.column_stride, line.lanes);
+      for (int64_t c = 0; c < line.channels; c += kLane, sums += kLane)
+        f(load(sums), p * image.column_stride + c,
+          static_cast<int>(std::min(kLane, line.channels - c)));
   } else {
     for (int64_t i = 0; i < line.columns; i += kLane)
-      f(load(line.sums + i), i, static_cast<int>(std::min<int64_t>(kLane, line.columns - i)));
+      f(load(line.sums + i), i, static_cast<int>(std::min(kLane, line.columns - i)));
   }
 }
 
@@ -132,18 +134,18 @@ void convolve_plane(const Image& x, const Filter<Accumulator<T>>& filter, const 
                     int64_t b, int64_t channel, int64_t first, int64_t last) {
   using A = Accumulator<T>;
   const int64_t dilation = filter.shape.row_dilation, padding = filter.shape.row_padding();
-  const int64_t edge = filter.shape.column_padding();
+  const int64_t edge = filter.shape.column_padding(), rows = group_of(filter.shape);
   const int64_t width = round_up(x.columns, kLanes<A>);
-  const int64_t ring_rows = (filter.shape.rows - 1 + kGroup) * dilation;
+  const int64_t ring_rows = (filter.shape.rows - 1 + rows) * dilation;
   const int64_t ring_step = round_up(width + 2 * edge, 64 / sizeof(A)) + 64 / sizeof(A);
-  const Buffer<A> ring(ring_rows * ring_step), sums(kGroup * width);
+  const Buffer<A> ring(ring_rows * ring_step), sums(rows * width);
   std::fill_n(ring.get(), ring_rows * ring_step, A(0));
-  std::vector<const A*> input(kGroup + filter.shape.rows - 1);
+  std::vector<const A*> input(rows + filter.shape.rows - 1);
   const Image* direct = finish.direct();
 
   int64_t loaded = std::max<int64_t>(0, first - padding);
-  for (int64_t group = first; group < last; group += kGroup * dilation) {
-    const int64_t end = std::min(last, group + kGroup * dilation);
+  for (int64_t group = first; group < last; group += rows * dilation) {
+    const int64_t end = std::min(last, group + rows * dilation);
     for (; loaded < std::min(x.rows, end + padding); ++loaded)
       copy_columns<T>(x, b, channel, loaded, 0, x.columns,
                       &ring[loaded % ring_rows * ring_step + edge]);
@@ -153,7 +155,10 @@ void convolve_plane(const Image& x, const Filter<Accumulator<T>>& filter, const 
         const int64_t row = start - padding + i * dilation;
         input[i] = row < 0 || row >= x.rows ? nullptr : &ring[row % ring_rows * ring_step];
       }
-      Piece<A> piece{input.data(), count, x.columns, 1, 1, sums.get(), width, kLanes<A>};
+      Piece<A> piece{input.data(), count, x.columns, 1, 1, sums.get(), width, 1};
+      piece.ahead = x.at<T>(b, channel, loaded + (start - group) * rows);
+      piece.ahead_row_step = x.row_stride * sizeof(T);
+      piece.ahead_step = sizeof(T);
       if (direct != nullptr) {
         piece.output = direct->at<A>(b, channel, start);
         piece.output_row_step = direct->row_stride * dilation;
@@ -171,7 +176,8 @@ template <typename T, typename Finish>
 void convolve_planes(const Image& x, const Filter<Accumulator<T>>& filter, const Finish& finish) {
   // Few planes are cut into bands of rows, so that there is work for every thread; a band is tall
   // enough that its halo costs little.
-  const int64_t planes = x.batch * x.channels, group = kGroup * filter.shape.row_dilation;
+  const int64_t planes = x.batch * x.channels;
+  const int64_t group = group_of(filter.shape) * filter.shape.row_dilation;
   const int64_t tall = round_up(std::max<int64_t>(4 * filter.shape.row_padding(), 32), group);
   const int64_t bands = planes >= 64 ? 1 : (x.rows + tall - 1) / tall;
   const int64_t band = round_up((x.rows + bands - 1) / bands, group);
@@ -186,99 +192,110 @@ void convolve_planes(const Image& x, const Filter<Accumulator<T>>& filter, const
 
 // -- across the channels --------------------------------------------------------------------------
 
-// Columns begin .. end - 1 of a lattice of output rows, through a copied window of the input.
-template <typename T, typename A>
-struct Window {
-  const Image& x;
-  const Filter<A>& filter;
-  int64_t columns;  // of the output, at most
-  Buffer<A> pixels;
-  std::vector<const A*> input;
+// What a thread needs to convolve lattice rows, all channels of them.
+template <typename T, typename Finish>
+class Blocks {
+ public:
+  using A = Accumulator<T>;
 
-  Window(const Image& image, const Filter<A>& f, int64_t most)
-      : x(image),
-        filter(f),
-        columns(most),
-        pixels((kGroup + f.shape.rows - 1) * (most + 2 * f.shape.column_padding()) * kLanes<A>),
-        input(kGroup + f.shape.rows - 1) {}
+  Blocks(const Image& x, const Filter<A>& filter, const Finish& finish)
+      : x_(x),
+        filter_(filter),
+        finish_(finish),
+        edge_(filter.shape.column_padding()),
+        readable_(std::is_same_v<T, A> && x.channels_dense()),
+        wide_(std::min(x.columns, std::max<int64_t>(32, 2 * edge_))),
+        channels_(filter.shape.rows * filter.shape.columns * x.channels <= 4096 ? x.channels
+                                                                                : kLane),
+        pixel_(round_up(channels_, kLane)),
+        input_(group_of(filter.shape) + filter.shape.rows - 1),
+        window_(static_cast<int64_t>(input_.size()) * (wide_ + 2 * edge_) * pixel_),
+        sums_(group_of(filter.shape) * wide_ * pixel_) {}
 
-  const A* const* copy(int64_t b, int64_t channel, int lanes, int64_t start, int64_t count,
-                       int64_t begin, int64_t end) {
-    const int64_t edge = filter.shape.column_padding(), step = (columns + 2 * edge) * kLanes<A>;
-    for (int64_t i = 0; i < count + filter.shape.rows - 1; ++i) {
-      const int64_t row = start - filter.shape.row_padding() + i * filter.shape.row_dilation;
-      input[i] = nullptr;
-      if (row < 0 || row >= x.rows) continue;
-      copy_pixels<T>(x, b, channel, lanes, row, begin - edge, end - begin + 2 * edge,
-                     &pixels[i * step]);
-      input[i] = &pixels[i * step];
-    }
-    return input.data();
+  // Output rows start, start + dilation, ... before `end`: no more than group_of(filter).
+  void lattice(int64_t b, int64_t start, int64_t end) {
+    const int64_t left = readable_ ? std::min(edge_, x_.columns) : x_.columns;
+    const int64_t right = std::max(left, x_.columns - edge_);
+    pieces(b, start, end, 0, left, true);
+    pieces(b, start, end, left, right, false);
+    pieces(b, start, end, right, x_.columns, true);
   }
+
+ private:
+  static constexpr int64_t kLane = kLanes<A>;
+
+  // Columns first .. last - 1; `copied` where the filter reaches over the edge or x must be
+  // widened.
+  void pieces(int64_t b, int64_t start, int64_t end, int64_t first, int64_t last, bool copied) {
+    for (int64_t column = first; column < last; column += wide_)
+      for (int64_t channel = 0; channel < x_.channels; channel += channels_)
+        piece(b, channel, start, end, column, std::min(last, column + wide_), copied);
+  }
+
+  void piece(int64_t b, int64_t channel, int64_t start, int64_t end, int64_t first, int64_t last,
+             bool copied) {
+    const int64_t dilation = filter_.shape.row_dilation;
+    const int64_t count = (end - start + dilation - 1) / dilation;
+    const int64_t channels = std::min(channels_, x_.channels - channel);
+    // A last block that is not full is read beyond its channels: only where that is still in x.
+    const bool beyond = channels % kLane != 0 && !(x_.column_stride == x_.channels &&
+                                                   x_.row_stride == x_.columns * x_.channels &&
+                                                   end + filter_.shape.row_padding() < x_.rows);
+    copied = copied || beyond;
+    for (int64_t i = 0; i < count + filter_.shape.rows - 1; ++i) {
+      const int64_t row = start - filter_.shape.row_padding() + i * dilation;
+      if (row < 0 || row >= x_.rows) {
+        input_[i] = nullptr;
+      } else if (copied) {
+        A* to = &window_[i * (wide_ + 2 * edge_) * pixel_];
+        copy_pixels<T>(x_, b, channel, channels, row, first - edge_, last - first + 2 * edge_, to);
+        input_[i] = to;
+      } else {
+        input_[i] = x_.at<A>(b, channel, row, first - edge_);
+      }
+    }
+    const int64_t pixel = round_up(channels, kLane);
+    Piece<A> piece{input_.data(), count,       last - first,  copied ? pixel : x_.column_stride,
+                   pixel,         sums_.get(), wide_ * pixel, channels};
+    const Image* direct = finish_.direct();
+    if (direct != nullptr) {
+      piece.output = direct->at<A>(b, channel, start, first);
+      piece.output_row_step = direct->row_stride * dilation;
+      piece.output_step = direct->column_stride;
+    }
+    convolve(filter_, channel, piece);
+    if (direct != nullptr) return;
+    for (int64_t i = 0; i < count; ++i)
+      finish_.template finish<true>(Line<A>{&sums_[i * wide_ * pixel], b, channel,
+                                            start + i * dilation, first, last - first, channels});
+  }
+
+  const Image& x_;
+  const Filter<A>& filter_;
+  const Finish& finish_;
+  int64_t edge_;
+  bool readable_;
+  // Columns of a piece: so many that its halo costs little, so few that it stays in the cache.
+  int64_t wide_;
+  // Channels that are taken together: all, where their filters stay in the cache, because pixels
+  // then pass by in the order in which they lie in memory; else a block.
+  int64_t channels_;
+  int64_t pixel_;  // elements of a pixel in a copy
+  std::vector<const A*> input_;
+  Buffer<A> window_, sums_;
 };
 
 template <typename T, typename Finish>
 void convolve_blocks(const Image& x, const Filter<Accumulator<T>>& filter, const Finish& finish) {
-  using A = Accumulator<T>;
-  constexpr int kLane = kLanes<A>;
-  const int64_t dilation = filter.shape.row_dilation, group = kGroup * dilation;
-  const int64_t edge = filter.shape.column_padding(), padding = filter.shape.row_padding();
-  const int64_t strips = (x.rows + group - 1) / group;
-  // A piece is wide enough that its halo costs little, and its window stays in the cache.
-  const int64_t wide = std::min(x.columns, std::max<int64_t>(32, 2 * edge));
-  const Image* direct = finish.direct();
-
-  parallel_for(0, x.batch * strips, 1, [&](int64_t unit_begin, int64_t unit_end) {
-    Window<T, A> window(x, filter, wide);
-    const Buffer<A> sums(kGroup * wide * kLane);
-    std::vector<const A*> in_place(kGroup + filter.shape.rows - 1);
-    for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-      const int64_t b = unit / strips, group_begin = unit % strips * group;
-      const int64_t group_end = std::min(x.rows, group_begin + group);
-      for (int64_t channel = 0; channel < x.channels; channel += kLane) {
-        const int lanes = static_cast<int>(std::min<int64_t>(kLane, x.channels - channel));
-        const bool readable = std::is_same_v<T, A> && x.channels_dense() && lanes == kLane;
-        for (int64_t start = group_begin; start < std::min(group_end, group_begin + dilation);
-             ++start) {
-          const int64_t count = (group_end - start + dilation - 1) / dilation;
-          const auto columns = [&](int64_t begin, int64_t end, bool copied) {
-            Piece<A> piece{nullptr, count,      end - begin,  kLane,
-                           kLane,   sums.get(), wide * kLane, lanes};
-            if (copied) {
-              piece.input = window.copy(b, channel, lanes, start, count, begin, end);
-            } else {
-              for (int64_t i = 0; i < count + filter.shape.rows - 1; ++i) {
-                const int64_t row = start - padding + i * dilation;
-                in_place[i] =
-                    row < 0 || row >= x.rows ? nullptr : x.at<A>(b, channel, row, begin - edge);
-              }
-              piece.input = in_place.data();
-              piece.input_step = x.column_stride;
-            }
-            if (direct != nullptr) {
-              piece.output = direct->at<A>(b, channel, start, begin);
-              piece.output_row_step = direct->row_stride * dilation;
-              piece.output_step = direct->column_stride;
-            }
-            convolve(filter, channel, piece);
-            if (direct != nullptr) return;
-            for (int64_t i = 0; i < count; ++i)
-              finish.template finish<true>(Line<A>{&sums[i * wide * kLane], b, channel,
-                                                   start + i * dilation, begin, end - begin,
-                                                   lanes});
-          };
-          const auto pieces = [&](int64_t begin, int64_t end, bool copied) {
-            for (int64_t c = begin; c < end; c += wide) columns(c, std::min(end, c + wide), copied);
-          };
-          if (readable && x.columns > 2 * edge) {
-            pieces(0, edge, true);
-            pieces(edge, x.columns - edge, false);
-            pieces(x.columns - edge, x.columns, true);
-          } else {
-            pieces(0, x.columns, true);
-          }
-        }
-      }
+  const int64_t dilation = filter.shape.row_dilation;
+  const int64_t group = group_of(filter.shape) * dilation;
+  const int64_t groups = (x.rows + group - 1) / group;
+  parallel_for(0, x.batch * groups, 1, [&](int64_t begin, int64_t end) {
+    Blocks<T, Finish> blocks(x, filter, finish);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit % groups * group, last = std::min(x.rows, first + group);
+      for (int64_t start = first; start < std::min(last, first + dilation); ++start)
+        blocks.lattice(unit / groups, start, last);
     }
   });
 }

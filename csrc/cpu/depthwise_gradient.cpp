@@ -43,20 +43,24 @@ template <typename A, bool kAcross, int Ky, int Kx>
 void add_taps(const Region<A>& region) {
   constexpr int kLane = kLanes<A>;
   Vector<A> sums[Ky][Kx];
-  unroll<Ky>([&](auto ky) {
-    unroll<Kx>([&](auto kx) {
+  unroll<Ky>([&](auto ky) FF_INLINED {
+    unroll<Kx>([&](auto kx) FF_INLINED {
       sums[ky][kx] = load(region.sums + ky * region.sums_row_step + kx * kLane);
     });
   });
-  const auto add = [&](const A* x, const A* grad, auto get) __attribute__((always_inline)) {
+  const auto add = [&](const A* x, const A* grad, auto get) FF_INLINED {
     Vector<A> g[Ky];
-    unroll<Ky>([&](auto ky) { g[ky] = get(grad - ky * region.grad_row_step); });
-    unroll<Kx>([&](auto kx) {
-      const Vector<A> value = get(x + kx * region.tap_step);
-      unroll<Ky>([&](auto ky) { sums[ky][kx] = fma(value, g[ky], sums[ky][kx]); });
+    unroll<Ky>([&](auto ky) FF_INLINED {
+      g[ky] = get(grad - ky * region.grad_row_step);
+      if constexpr (Kx > 1) pin(g[ky]);
+    });
+    unroll<Kx>([&](auto kx) FF_INLINED {
+      Vector<A> value = get(x + kx * region.tap_step);
+      if constexpr (Ky > 1) pin(value);
+      unroll<Ky>([&](auto ky) FF_INLINED { sums[ky][kx] = fma(value, g[ky], sums[ky][kx]); });
     });
   };
-  const auto whole = [](const A* from) __attribute__((always_inline)) { return load(from); };
+  const auto whole = [](const A* from) FF_INLINED { return load(from); };
   for (int64_t row = 0; row < region.rows; ++row) {
     const A* x = region.x + row * region.x_row_step;
     const A* grad = region.grad + row * region.grad_row_step;
@@ -73,12 +77,12 @@ void add_taps(const Region<A>& region) {
       const int left = static_cast<int>(region.columns - column);
       if (left > 0) {
         add(x + column, grad + column,
-            [left](const A* from) __attribute__((always_inline)) { return load(from, left); });
+            [left](const A* from) FF_INLINED { return load(from, left); });
       }
     }
   }
-  unroll<Ky>([&](auto ky) {
-    unroll<Kx>([&](auto kx) {
+  unroll<Ky>([&](auto ky) FF_INLINED {
+    unroll<Kx>([&](auto kx) FF_INLINED {
       store(region.sums + ky * region.sums_row_step + kx * kLane, sums[ky][kx]);
     });
   });

@@ -5,13 +5,6 @@
 namespace fastfusion::FF_CAPABILITY {
 namespace {
 
-// Sums in registers: 16 or 24 of AVX-512's 32, 8 of the 16 that the others have.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 4, kVectors = 4;
-#else
-constexpr int kRows = 4, kVectors = 2;
-#endif
-
 // One tile: its sums start from the bias.
 template <typename A>
 struct Tile {
@@ -24,7 +17,11 @@ struct Tile {
   int64_t vector_step;  // from a vector to the next, in the input
   A* output;
   int64_t output_row_step, output_vector_step;
-  int lanes, last_lanes;  // valid in each vector of the output, and in the last of a row
+  const char* ahead;  // what is fetched ahead, in bytes
+  int64_t ahead_row_step, ahead_vector_step;
+  // How many lanes of the output's vectors are real: of all of them across the channels, of the
+  // last along the columns.
+  int lanes;
 };
 
 // Add the taps of one input row to the output rows First to Last - 1, for which it is the filter's
@@ -38,8 +35,11 @@ FF_INLINE void add_row(Vector<A> (&sums)[R][V], const Tile<A>& tile, int64_t row
   const A* w = tile.weight + row * kStep;
   for (int64_t tap = 0; tap < tile.kernel_columns; ++tap) {
     Vector<A> values[V];
-    unroll<V>([&](auto v) { values[v] = load(x + v * tile.vector_step); });
-    unroll<Last - First>([&](auto i) {
+    unroll<V>([&](auto v) FF_INLINED {
+      values[v] = load(x + v * tile.vector_step);
+      if constexpr (Last - First > 1) pin(values[v]);
+    });
+    unroll<Last - First>([&](auto i) FF_INLINED {
       constexpr int r = First + i;
       Vector<A> weight;
       if constexpr (kAcross) {
@@ -47,53 +47,89 @@ FF_INLINE void add_row(Vector<A> (&sums)[R][V], const Tile<A>& tile, int64_t row
       } else {
         weight = broadcast(w[-r]);
       }
-      unroll<V>([&](auto v) { sums[r][v] = fma(values[v], weight, sums[r][v]); });
+      unroll<V>([&](auto v) FF_INLINED { sums[r][v] = fma(values[v], weight, sums[r][v]); });
     });
     x += tile.tap_step;
     w += tile.kernel_rows * kStep;
   }
 }
 
+// How many pixels ahead the input is fetched.
+constexpr int kAhead = 6;
+
 // R must not exceed the filter's rows.
 template <typename A, bool kAcross, int R, int V>
 void run(const Tile<A>& tile) {
-  Vector<A> sums[R][V];
-  const Vector<A> bias = kAcross ? load(tile.bias) : broadcast(*tile.bias);
-  unroll<R>([&](auto r) { unroll<V>([&](auto v) { sums[r][v] = bias; }); });
-
-  unroll<R - 1>([&](auto i) { add_row<kAcross, 0, i + 1>(sums, tile, i); });
-  for (int64_t row = R - 1; row < tile.kernel_rows; ++row) add_row<kAcross, 0, R>(sums, tile, row);
-  unroll<R - 1>([&](auto i) { add_row<kAcross, i + 1, R>(sums, tile, tile.kernel_rows + i); });
-
-  const bool whole = tile.lanes == kLanes<A> && tile.last_lanes == kLanes<A>;
-  unroll<R>([&](auto r) {
-    unroll<V>([&](auto v) {
-      A* to = tile.output + r * tile.output_row_step + v * tile.output_vector_step;
-      if (whole) {
-        store(to, sums[r][v]);
+  // A small filter is done before memory answers, so ask early: for the lines that the next tile
+  // will write and, across the channels (where no hardware guesses the pattern), for pixels of the
+  // rows that this lattice is the first to read.
+  unroll<R>([&](auto r) FF_INLINED {
+    unroll<V>([&](auto v) FF_INLINED {
+      __builtin_prefetch(tile.output + r * tile.output_row_step + (V + v) * tile.output_vector_step,
+                         1);
+      if constexpr (kAcross) {
+        const A* row = tile.input[tile.kernel_rows - 1 + r];
+        __builtin_prefetch(row + tile.offset + (kAhead + v) * tile.vector_step);
       } else {
-        store(to, sums[r][v], v == V - 1 ? tile.last_lanes : tile.lanes);
+        __builtin_prefetch(tile.ahead + r * tile.ahead_row_step + v * tile.ahead_vector_step);
       }
     });
   });
+  Vector<A> sums[R][V];
+  const Vector<A> bias = kAcross ? load(tile.bias) : broadcast(*tile.bias);
+  unroll<R>([&](auto r) FF_INLINED { unroll<V>([&](auto v) FF_INLINED { sums[r][v] = bias; }); });
+
+  unroll<R - 1>([&](auto i) FF_INLINED { add_row<kAcross, 0, i + 1>(sums, tile, i); });
+  for (int64_t row = R - 1; row < tile.kernel_rows; ++row) add_row<kAcross, 0, R>(sums, tile, row);
+  unroll<R - 1>([&](auto i)
+                    FF_INLINED { add_row<kAcross, i + 1, R>(sums, tile, tile.kernel_rows + i); });
+
+  const auto store_all = [&](auto whole) FF_INLINED {
+    unroll<R>([&](auto r) FF_INLINED {
+      unroll<V>([&](auto v) FF_INLINED {
+        A* to = tile.output + r * tile.output_row_step + v * tile.output_vector_step;
+        if constexpr (whole || (!kAcross && v < V - 1)) {
+          store(to, sums[r][v]);
+        } else {
+          store(to, sums[r][v], tile.lanes);
+        }
+      });
+    });
+  };
+  if (tile.lanes == kLanes<A>) {
+    store_all(std::true_type());
+  } else {
+    store_all(std::false_type());
+  }
 }
 
 template <typename A, bool kAcross, int R>
 void run_rows(Tile<A> tile, const Piece<A>& piece) {
   constexpr int kAlong = kAcross ? 1 : kLanes<A>;  // columns in a vector
   int64_t left = piece.columns;
-  const auto advance = [&](auto v) {
+  const auto advance = [&](auto v) FF_INLINED {
     constexpr int V = v;
-    if constexpr (!kAcross) {
-      tile.last_lanes = static_cast<int>(std::min<int64_t>(left - (V - 1) * kAlong, kAlong));
+    if constexpr (kAcross) {
+      Tile<A> block = tile;
+      for (int64_t done = 0; done < piece.channels; done += kLanes<A>) {
+        block.lanes = static_cast<int>(std::min<int64_t>(piece.channels - done, kLanes<A>));
+        run<A, kAcross, R, V>(block);
+        block.offset += kLanes<A>;
+        block.output += kLanes<A>;
+        block.bias += kLanes<A>;
+        block.weight += tile.kernel_rows * tile.kernel_columns * kLanes<A>;
+      }
+    } else {
+      tile.lanes = static_cast<int>(std::min<int64_t>(left - (V - 1) * kAlong, kAlong));
+      run<A, kAcross, R, V>(tile);
+      tile.ahead += V * tile.ahead_vector_step;
     }
-    run<A, kAcross, R, V>(tile);
     tile.offset += V * tile.vector_step;
     tile.output += V * tile.output_vector_step;
     left -= V * kAlong;
   };
-  while (left > (kVectors - 1) * kAlong) advance(std::integral_constant<int, kVectors>());
-  if constexpr (kVectors > 2) {
+  while (left > (kTileVectors - 1) * kAlong) advance(std::integral_constant<int, kTileVectors>());
+  if constexpr (kTileVectors > 2) {
     while (left > kAlong) advance(std::integral_constant<int, 2>());
   }
   while (left > 0) advance(std::integral_constant<int, 1>());
@@ -114,14 +150,16 @@ void convolve_piece(const Filter<A>& filter, int64_t channel, const Piece<A>& pi
   tile.output = piece.output;
   tile.output_row_step = piece.output_row_step;
   tile.output_vector_step = piece.output_step * kAlong;
-  tile.lanes = tile.last_lanes = kAcross ? piece.lanes : kLanes<A>;
+  tile.ahead = static_cast<const char*>(piece.ahead);
+  tile.ahead_row_step = piece.ahead_row_step;
+  tile.ahead_vector_step = piece.ahead_step * kAlong;
   int64_t left = piece.count;
   while (left > 0) {
     const int64_t rows = std::min(left, filter.shape.rows);
     int64_t taken;
-    if (rows >= kRows) {
-      run_rows<A, kAcross, kRows>(tile, piece);
-      taken = kRows;
+    if (rows >= kTileRows) {
+      run_rows<A, kAcross, kTileRows>(tile, piece);
+      taken = kTileRows;
     } else if (rows == 3) {
       run_rows<A, kAcross, 3>(tile, piece);
       taken = 3;

@@ -94,28 +94,38 @@ void copy_columns(const Image& x, int64_t b, int64_t channel, int64_t row, int64
   std::fill(to + end, to + count, A(0));
 }
 
-// Pixels first .. first + count - 1 of a row, a vector of `lanes` channels each, widened and filled
-// up with zeros; zeros beyond the edges too.
+// Pixels first .. first + count - 1 of a row, `channels` of each, widened and filled up with zeros
+// to whole vectors; zeros beyond the edges too.
 template <typename T, typename A>
-void copy_pixels(const Image& x, int64_t b, int64_t channel, int lanes, int64_t row, int64_t first,
-                 int64_t count, A* to) {
-  for (int64_t i = 0; i < count; ++i, to += kLanes<A>) {
+void copy_pixels(const Image& x, int64_t b, int64_t channel, int64_t channels, int64_t row,
+                 int64_t first, int64_t count, A* to) {
+  constexpr int kLane = kLanes<A>;
+  for (int64_t i = 0; i < count; ++i) {
     const int64_t column = first + i;
-    if (column < 0 || column >= x.columns) {
-      store(to, Vector<A>{});
-      continue;
-    }
-    const T* from = x.at<T>(b, channel, row, column);
-    if (x.channels_dense()) {
-      store(to, lanes == kLanes<A> ? load(from) : load(from, lanes));
-    } else {
-      for (int lane = 0; lane < kLanes<A>; ++lane)
-        to[lane] = lane < lanes ? widen(from[lane * x.channel_stride]) : A(0);
+    const bool inside = column >= 0 && column < x.columns;
+    const T* from = inside ? x.at<T>(b, channel, row, column) : nullptr;
+    for (int64_t c = 0; c < channels; c += kLane, to += kLane) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kLane, channels - c));
+      if (!inside) {
+        store(to, Vector<A>{});
+      } else if (x.channels_dense()) {
+        store(to, lanes == kLane ? load(from + c) : load(from + c, lanes));
+      } else {
+        for (int lane = 0; lane < kLane; ++lane)
+          to[lane] = lane < lanes ? widen(from[(c + lane) * x.channel_stride]) : A(0);
+      }
     }
   }
 }
 
 // -- the tiles ------------------------------------------------------------------------------------
+
+// Sums in registers: 16 of the 32 that AVX-512 and Arm have, 8 of the 16 of the others.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 4, kTileVectors = 4;
+#else
+constexpr int kTileRows = 4, kTileVectors = 2;
+#endif
 
 // A piece of some lattice rows of the output.
 template <typename A>
@@ -130,10 +140,15 @@ struct Piece {
   int64_t input_step, output_step;
   A* output;
   int64_t output_row_step;
-  int lanes;  // across the channels: how many are real
+  // Across the channels: how many are taken, block by block for each tile. Where the last block is
+  // not full, its input is read as if it were.
+  int64_t channels;
+  // Along the columns: where the input of the rows after these comes from, to be fetched ahead.
+  const void* ahead = nullptr;
+  int64_t ahead_row_step = 0, ahead_step = 0;  // in bytes
 };
 
-// Convolve a piece for the channel (or the block of channels) that starts at `channel`.
+// Convolve a piece for `channel`, or for the channels that start there.
 template <typename A>
 void convolve(const Filter<A>& filter, int64_t channel, const Piece<A>& piece);
 

@@ -16,6 +16,8 @@
 #endif
 
 #define FF_INLINE inline __attribute__((always_inline))
+// For a lambda, after its parameters.
+#define FF_INLINED __attribute__((always_inline))
 
 namespace fastfusion::FF_CAPABILITY {
 
@@ -72,12 +74,24 @@ FF_INLINE V min(V a, V b) {
 }
 
 // Call f(constant 0), f(constant 1), ...: a loop that is unrolled in every case, so that arrays of
-// vectors indexed by it live in registers.
+// vectors indexed by it live in registers. That holds only where `f` is inlined early: write
+// `[&](auto i) FF_INLINED { ... }`.
 template <int N, typename F>
 FF_INLINE void unroll(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+  [&]<int... I>(std::integer_sequence<int, I...>) FF_INLINED {
     (f(std::integral_constant<int, I>()), ...);
   }(std::make_integer_sequence<int, N>());
+}
+
+// Keep a value that is used more than once in a register: the compiler would rather load it again
+// in each instruction that uses it, which costs more than the registers it saves.
+template <typename V>
+FF_INLINE void pin(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
 }
 
 // -- one value ------------------------------------------------------------------------------------
