@@ -401,9 +401,16 @@ class RunKernel {
       const Run<A> run(m.cut, patch, pixel, count);
       if (!already_read) run.read(m.type, x, 0, m.channels, w.x, w.line);
       attend(p, vectors, w);
-      for (int head = 0; head < m.heads; ++head)
+      const Run<A> next(m.cut, std::min(patch + 1, m.cut.count() - 1), 0, count);
+      for (int head = 0; head < m.heads; ++head) {
+        const int64_t begin = int64_t{head} * m.width, end = begin + m.width;
+        if (already_read) {  // short rows: what the processor does not foresee
+          run.template prefetch<1>(m.type, y, begin, end);
+          next.template prefetch<0>(m.type, x, begin, end);
+        }
         project<true>(p.tokens[head], w.scores.from_row(head * m.tokens), vectors,
-                      w.x.from_row(head * m.width));
+                      w.x.from_row(begin));
+      }
       run.write(m.type, w.x, 0, m.channels, y, w.line);
     }
   }

@@ -25,6 +25,10 @@ void with_stored_type(Type type, const F& f) {
   }
 }
 
+inline int64_t size_of(Type type) {
+  return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2;
+}
+
 // How an image is cut: patch by patch along the rows, image after image, padded with zeros at the
 // bottom and right to whole patches.
 struct Cutting {
@@ -81,16 +85,17 @@ class Line {
     return buffer;
   }
 
-  // Ask for the elements' memory ahead of time, where they are one piece of it.
-  // (Inlined by force: gcc drops calls of functions that do nothing but this.)
+  // Ask for the elements' memory ahead of time. (Inlined by force: gcc drops calls of functions
+  // that do nothing but this.)
   template <int Write>
   FF_INLINE void prefetch(const Image& x, int64_t channel, int64_t down, int64_t size) const {
-    const Segment& s = segments_.front();
-    if (segments_.size() > 1 || count_inside(s, x, down) < length_) return;
-    const int64_t at = s.from.image * x.batch_stride + channel * x.channel_stride +
-                       (s.from.row + down) * x.row_stride + s.from.column;
-    const char* bytes = static_cast<const char*>(x.data) + at * size;
-    for (int64_t n = 0; n < length_ * size; n += 64) __builtin_prefetch(bytes + n, Write, 2);
+    for (const Segment& s : segments_) {
+      const int64_t at = s.from.image * x.batch_stride + channel * x.channel_stride +
+                         (s.from.row + down) * x.row_stride + s.from.column;
+      const char* bytes = static_cast<const char*>(x.data) + at * size;
+      const int64_t length = count_inside(s, x, down) * size;
+      for (int64_t n = 0; n < length; n += 64) __builtin_prefetch(bytes + n, Write, 2);
+    }
   }
 
   // Call f(position in the line, place in memory) on every `step` elements of a channel, where all
@@ -299,10 +304,9 @@ class Strip {
   template <int Write>
   FF_INLINE void prefetch(Type type, const Image& x, int64_t begin, int64_t end) const {
     if (!x.rows_dense()) return;
-    const int64_t size = type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2;
     for (int64_t c = begin; c < end; ++c)
       for (int64_t row = 0; row < cut_.patch_rows; ++row)
-        line_.template prefetch<Write>(x, c, row, size);
+        line_.template prefetch<Write>(x, c, row, size_of(type));
   }
 
   // Channels [begin, end) to rows 0, 1, ... of the block; `buffer` has room for a line.
@@ -387,6 +391,13 @@ class Run {
   }
 
   int64_t vectors() const { return (count_ + lanes - 1) / lanes; }
+
+  // Bring the channels [begin, end) towards the cache, to be read or written soon.
+  template <int Write>
+  FF_INLINE void prefetch(Type type, const Image& x, int64_t begin, int64_t end) const {
+    if (!x.rows_dense()) return;
+    for (int64_t c = begin; c < end; ++c) line_.template prefetch<Write>(x, c, 0, size_of(type));
+  }
 
   void read(Type type, const Image& x, int64_t begin, int64_t end, Block<A> to, A* buffer) const {
     with_stored_type<A>(type, [&](auto zero) {
