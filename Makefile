@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format quality bench wheel sanitize clean
+.PHONY: help demo test lint format quality bench clean
 
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
@@ -19,8 +19,6 @@ help:
 	@echo "make format    put the sources into their format"
 	@echo "make quality   the tables and pictures of docs/quality.md, from real scenes"
 	@echo "make bench     the tables of docs/performance-cpu.md"
-	@echo "make sanitize  the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make wheel     dist/*.whl, audited"
 	@echo "make clean     remove the environment and everything built"
 
 $(BIN)/python:
