@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "depthwise_image.h"
 #include "depthwise_tile.h"
 #include "parallel.h"
 
@@ -18,10 +19,6 @@ namespace {
 
 // Rows of the output (of one lattice) that are made at a time: as many as a tile can take.
 int64_t group_of(const FilterShape& shape) { return std::min<int64_t>(shape.rows, kTileRows); }
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // -- what happens to a line of sums ---------------------------------------------------------------
 
@@ -58,30 +55,6 @@ FF_INLINE V derivative(V x, Activation activation) {
   }
 }
 
-// A line of sums as the tiles leave it: `columns` of one channel at (b, channel, row, column), or
-// as many pixels of `channels` channels, whole vectors each.
-template <typename A>
-struct Line {
-  const A* sums;
-  int64_t b, channel, row, column, columns, channels;
-};
-
-// Call f(vector of sums, offset from the line's first element in `image`, count of valid lanes).
-template <bool kAcross, typename A, typename F>
-FF_INLINE void for_vectors(const Line<A>& line, const Image& image, const F& f) {
-  constexpr int64_t kLane = kLanes<A>;
-  if constexpr (kAcross) {
-    const A* sums = line.sums;
-    for (int64_t p = 0; p < line.columns; ++p)
-      for (int64_t c = 0; c < line.channels; c += kLane, sums += kLane)
-        f(load(sums), p * image.column_stride + c,
-          static_cast<int>(std::min(kLane, line.channels - c)));
-  } else {
-    for (int64_t i = 0; i < line.columns; i += kLane)
-      f(load(line.sums + i), i, static_cast<int>(std::min(kLane, line.columns - i)));
-  }
-}
-
 // y = activation(sums), in y's type.
 template <typename T>
 struct Store {
@@ -96,7 +69,7 @@ struct Store {
   template <bool kAcross>
   void finish(const Line<A>& line) const {
     T* to = y.at<T>(line.b, line.channel, line.row, line.column);
-    for_vectors<kAcross>(line, y, [&](Vector<A> v, int64_t offset, int count) {
+    for_vectors<kAcross>(line, y, [&](Vector<A> v, const A*, int64_t offset, int count) {
       v = activate(v, activation);
       if (count == kLanes<A>) {
         store(to + offset, v);
@@ -120,7 +93,7 @@ struct StoreGradient {
   void finish(const Line<A>& line) const {
     const T* from = grad.at<T>(line.b, line.channel, line.row, line.column);
     A* into = to.at<A>(line.b, line.channel, line.row, line.column);
-    for_vectors<kAcross>(line, to, [&](Vector<A> v, int64_t offset, int count) {
+    for_vectors<kAcross>(line, to, [&](Vector<A> v, const A*, int64_t offset, int count) {
       store(into + offset, derivative(v, activation) * load(from + offset, count), count);
     });
   }
@@ -167,7 +140,7 @@ void convolve_plane(const Image& x, const Filter<Accumulator<T>>& filter, const 
       if (direct != nullptr) continue;
       for (int64_t i = 0; i < count; ++i)
         finish.template finish<false>(
-            Line<A>{&sums[i * width], b, channel, start + i * dilation, 0, x.columns, kLanes<A>});
+            Line<A>{&sums[i * width], b, channel, start + i * dilation, 0, x.columns, 1, 1});
     }
   }
 }
@@ -242,19 +215,20 @@ class Blocks {
                                                    x_.row_stride == x_.columns * x_.channels &&
                                                    end + filter_.shape.row_padding() < x_.rows);
     copied = copied || beyond;
+    const int64_t pixel = round_up(channels, kLane);
     for (int64_t i = 0; i < count + filter_.shape.rows - 1; ++i) {
       const int64_t row = start - filter_.shape.row_padding() + i * dilation;
       if (row < 0 || row >= x_.rows) {
         input_[i] = nullptr;
       } else if (copied) {
         A* to = &window_[i * (wide_ + 2 * edge_) * pixel_];
-        copy_pixels<T>(x_, b, channel, channels, row, first - edge_, last - first + 2 * edge_, to);
+        copy_pixels<T>(x_, b, channel, channels, row, first - edge_, last - first + 2 * edge_, to,
+                       pixel);
         input_[i] = to;
       } else {
         input_[i] = x_.at<A>(b, channel, row, first - edge_);
       }
     }
-    const int64_t pixel = round_up(channels, kLane);
     Piece<A> piece{input_.data(), count,       last - first,  copied ? pixel : x_.column_stride,
                    pixel,         sums_.get(), wide_ * pixel, channels};
     const Image* direct = finish_.direct();
@@ -267,7 +241,8 @@ class Blocks {
     if (direct != nullptr) return;
     for (int64_t i = 0; i < count; ++i)
       finish_.template finish<true>(Line<A>{&sums_[i * wide_ * pixel], b, channel,
-                                            start + i * dilation, first, last - first, channels});
+                                            start + i * dilation, first, last - first, channels,
+                                            pixel});
   }
 
   const Image& x_;
@@ -302,8 +277,8 @@ void convolve_blocks(const Image& x, const Filter<Accumulator<T>>& filter, const
 
 // W is the type of the filter, T that of the image: wider where it was made in between.
 template <typename W, typename T, typename Finish>
-void convolve_image(const Image& x, const FilterView& view, bool flip, bool across,
-                    const Finish& finish) {
+void convolve_with(const Image& x, const FilterView& view, bool flip, bool across,
+                   const Finish& finish) {
   using A = Accumulator<T>;
   const Filter<A> filter = Filter<A>::template pack<W>(view, x.channels, across, flip);
   if (across) {
@@ -320,20 +295,36 @@ void gradients(const Image& grad, const Image& x, const FilterView& filter, bool
   if (wanted.x.data != nullptr) {
     FilterView plain = filter;
     plain.bias = nullptr;
-    convolve_image<T, G>(grad, plain, true, across, Store<T>{wanted.x, Activation::kNone});
+    convolve_with<T, G>(grad, plain, true, across, Store<T>{wanted.x, Activation::kNone});
   }
   if (wanted.weight != nullptr || wanted.bias != nullptr)
-    weight_gradient<T, G>(x, grad, filter.shape, across, static_cast<T*>(wanted.weight),
-                          static_cast<T*>(wanted.bias));
+    weight_gradient<T, T, G>(x, grad, filter.shape, across, static_cast<T*>(wanted.weight),
+                             static_cast<T*>(wanted.bias));
 }
 
 }  // namespace
+
+template <typename W, typename T, typename Y>
+void convolve_image(const Image& x, const FilterView& filter, bool flip, bool across,
+                    const Image& y) {
+  convolve_with<W, T>(x, filter, flip, across, Store<Y>{y, Activation::kNone});
+}
+
+#define FF_INSTANTIATE(W, T, Y) \
+  template void convolve_image<W, T, Y>(const Image&, const FilterView&, bool, bool, const Image&)
+FF_INSTANTIATE(float, float, float);
+FF_INSTANTIATE(double, double, double);
+FF_INSTANTIATE(Half, Half, float);
+FF_INSTANTIATE(Half, float, float);
+FF_INSTANTIATE(BFloat16, BFloat16, float);
+FF_INSTANTIATE(BFloat16, float, float);
+#undef FF_INSTANTIATE
 
 void depthwise_conv2d(Type type, const Image& x, const FilterView& filter, Activation activation,
                       bool across, const Image& y) {
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    convolve_image<T, T>(x, filter, false, across, Store<T>{y, activation});
+    convolve_with<T, T>(x, filter, false, across, Store<T>{y, activation});
   });
 }
 
@@ -347,7 +338,7 @@ void depthwise_conv2d_backward(Type type, const Image& grad, const Image& x,
     Image before = grad;
     const Buffer<A> memory(grad.batch * grad.channels * grad.rows * grad.columns);
     before.data = memory.get();
-    convolve_image<T, T>(x, filter, false, across, StoreGradient<T>{grad, before, activation});
+    convolve_with<T, T>(x, filter, false, across, StoreGradient<T>{grad, before, activation});
     gradients<T, A>(before, x, filter, across, wanted);
   });
 }

@@ -152,8 +152,8 @@ class WeightGradient {
           }
   }
 
-  template <typename T, typename G>
-  void run(const Image& x, const Image& grad, T* grad_weight, T* grad_bias) {
+  template <typename T, typename G, typename W>
+  void run(const Image& x, const Image& grad, W* grad_weight, W* grad_bias) {
     // Where the filters are small, a unit takes all channels of its chunks, which lie together in
     // memory; else it takes some channels, so that the totals stay small.
     const bool together = kAcross && taps_ <= 256;
@@ -180,7 +180,7 @@ class WeightGradient {
         double sum = 0;
         for (int64_t group = 0; group < groups; ++group)
           sum += totals[((group * blocks_ + block) * (taps_ + 1) + tap) * kBlock + lane];
-        const T value = narrow<T>(static_cast<A>(sum));
+        const W value = narrow<W>(static_cast<A>(sum));
         if (tap < taps_ && grad_weight != nullptr) grad_weight[channel * taps_ + tap] = value;
         if (tap == taps_ && grad_bias != nullptr) grad_bias[channel] = value;
       }
@@ -333,7 +333,7 @@ class WeightGradient {
   static void copy(const Image& image, int64_t b, int64_t channel, int lanes, int64_t row,
                    int64_t first, int64_t count, A* to) {
     if constexpr (kAcross) {
-      copy_pixels<T>(image, b, channel, lanes, row, first, count, to);
+      copy_pixels<T>(image, b, channel, lanes, row, first, count, to, kLane);
     } else {
       copy_columns<T>(image, b, channel, row, first, count, to);
     }
@@ -346,9 +346,9 @@ class WeightGradient {
 
 }  // namespace
 
-template <typename T, typename G>
+template <typename W, typename T, typename G>
 void weight_gradient(const Image& x, const Image& grad, const FilterShape& shape, bool across,
-                     T* grad_weight, T* grad_bias) {
+                     W* grad_weight, W* grad_bias) {
   using A = Accumulator<T>;
   if (across) {
     WeightGradient<A, true>(shape, x.channels, grad)
@@ -359,17 +359,17 @@ void weight_gradient(const Image& x, const Image& grad, const FilterShape& shape
   }
 }
 
-template void weight_gradient<float, float>(const Image&, const Image&, const FilterShape&, bool,
-                                            float*, float*);
-template void weight_gradient<double, double>(const Image&, const Image&, const FilterShape&, bool,
-                                              double*, double*);
-template void weight_gradient<Half, Half>(const Image&, const Image&, const FilterShape&, bool,
-                                          Half*, Half*);
-template void weight_gradient<Half, float>(const Image&, const Image&, const FilterShape&, bool,
-                                           Half*, Half*);
-template void weight_gradient<BFloat16, BFloat16>(const Image&, const Image&, const FilterShape&,
-                                                  bool, BFloat16*, BFloat16*);
-template void weight_gradient<BFloat16, float>(const Image&, const Image&, const FilterShape&, bool,
-                                               BFloat16*, BFloat16*);
+#define FF_INSTANTIATE(W, T, G)                                                                    \
+  template void weight_gradient<W, T, G>(const Image&, const Image&, const FilterShape&, bool, W*, \
+                                         W*)
+FF_INSTANTIATE(float, float, float);
+FF_INSTANTIATE(double, double, double);
+FF_INSTANTIATE(Half, Half, Half);
+FF_INSTANTIATE(Half, Half, float);
+FF_INSTANTIATE(Half, float, float);
+FF_INSTANTIATE(BFloat16, BFloat16, BFloat16);
+FF_INSTANTIATE(BFloat16, BFloat16, float);
+FF_INSTANTIATE(BFloat16, float, float);
+#undef FF_INSTANTIATE
 
 }  // namespace fastfusion::FF_CAPABILITY

@@ -18,6 +18,10 @@
 
 namespace fastfusion::FF_CAPABILITY {
 
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 // Memory for vectors, uninitialised.
 template <typename A>
 class Buffer {
@@ -95,24 +99,24 @@ void copy_columns(const Image& x, int64_t b, int64_t channel, int64_t row, int64
 }
 
 // Pixels first .. first + count - 1 of a row, `channels` of each, widened and filled up with zeros
-// to whole vectors; zeros beyond the edges too.
+// to whole vectors; zeros beyond the edges too. `step` is from a pixel to the next in the copy.
 template <typename T, typename A>
 void copy_pixels(const Image& x, int64_t b, int64_t channel, int64_t channels, int64_t row,
-                 int64_t first, int64_t count, A* to) {
+                 int64_t first, int64_t count, A* to, int64_t step) {
   constexpr int kLane = kLanes<A>;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i, to += step) {
     const int64_t column = first + i;
     const bool inside = column >= 0 && column < x.columns;
     const T* from = inside ? x.at<T>(b, channel, row, column) : nullptr;
-    for (int64_t c = 0; c < channels; c += kLane, to += kLane) {
+    for (int64_t c = 0; c < channels; c += kLane) {
       const int lanes = static_cast<int>(std::min<int64_t>(kLane, channels - c));
       if (!inside) {
-        store(to, Vector<A>{});
+        store(to + c, Vector<A>{});
       } else if (x.channels_dense()) {
-        store(to, lanes == kLane ? load(from + c) : load(from + c, lanes));
+        store(to + c, lanes == kLane ? load(from + c) : load(from + c, lanes));
       } else {
         for (int lane = 0; lane < kLane; ++lane)
-          to[lane] = lane < lanes ? widen(from[(c + lane) * x.channel_stride]) : A(0);
+          to[c + lane] = lane < lanes ? widen(from[(c + lane) * x.channel_stride]) : A(0);
       }
     }
   }
@@ -152,10 +156,10 @@ struct Piece {
 template <typename A>
 void convolve(const Filter<A>& filter, int64_t channel, const Piece<A>& piece);
 
-// The gradients of filters and biases, (C, 1, rows, columns) and (C); either may be null. G, the
-// type of `grad`, is T or wider.
-template <typename T, typename G>
+// The gradients of filters and biases, (C, 1, rows, columns) and (C); either may be null. T and G,
+// the types of `x` and `grad`, are W or wider.
+template <typename W, typename T, typename G>
 void weight_gradient(const Image& x, const Image& grad, const FilterShape& shape, bool across,
-                     T* grad_weight, T* grad_bias);
+                     W* grad_weight, W* grad_bias);
 
 }  // namespace fastfusion::FF_CAPABILITY
