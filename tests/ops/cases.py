@@ -180,6 +180,7 @@ def _attention() -> list[Case]:
         ((2, 3, 5, 4), 3, 3, 1, False),
         ((1, 1, 1, 1), 5, 7, 3, True),
         ((1, 33, 20, 41), 5, 7, (3, 2), True),
+        ((1, 5, 90, 150), 5, 7, 3, True),  # more than one band and strip
     ]:
         channels = size[1]
         shapes: dict[str, tuple[int, ...]] = {
@@ -197,6 +198,8 @@ def _attention() -> list[Case]:
         ((1, 3, 7, 5), (3,), False),
         ((1, 1, 1, 1), (3, 5, 7), True),
         ((1, 24, 19, 37), (3, 5), True),
+        ((1, 66, 9, 20), (3, 5), True),  # more than one block of channels
+        ((1, 2, 20, 530), (3, 5), True),  # and, along the columns, of columns
     ]:
         channels = size[1]
         shapes = {"x": size}
