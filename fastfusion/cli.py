@@ -145,7 +145,8 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         help="score methods on scenes, side by side",
         description="Fuse each scene by each method. Writes FOLDER/table.md and FOLDER/table.csv, "
-        "which grow with each result, and a picture of each.",
+        "which grow with each result, a picture of each, one that sets the methods side by side, "
+        "and, where there are several scales, PSNR against the scale.",
     )
     evaluate.add_argument(
         "--scenes", nargs="+", required=True, metavar="NAME[@N,...]", help="and at which scales"
@@ -157,11 +158,30 @@ def _add_evaluate(commands: Any) -> None:
         metavar="NAME[:OPTION=VALUE,...]",
         help="such as regression:local=False; bicubic and regression if none is named",
     )
+    evaluate.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="METHOD=FILE",
+        help="the trained network of a method, such as lso=x4.safetensors; may be repeated",
+    )
+    evaluate.add_argument(
+        "--cross-scale",
+        choices=("page", "script"),
+        help="apply networks of --weights at scales that they were not trained on: page at the "
+        "pair's own scale, script after resizing the HSI in the Fourier domain to the network's",
+    )
     evaluate.add_argument("--out", required=True, metavar="FOLDER", help="made where not there")
     evaluate.add_argument("--shift", type=float, default=0.0, help="move the HSI, in MSI pixels")
     evaluate.add_argument("--rotate", type=float, default=0.0, help="turn the HSI, in degrees")
     evaluate.add_argument("--zoom", type=float, default=1.0, help="enlarge the HSI, in times")
     evaluate.add_argument("--no-figures", action="store_true", help="tables alone")
+    evaluate.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out what takes long: D_lambda, D_s and QNR where there is a reference, FLOPs, "
+        "latency",
+    )
     _add_sensors(evaluate)
     _add_progress(evaluate)
 

@@ -30,16 +30,26 @@ from fastfusion.data.scenes import load_scene
 from fastfusion.data.sensors import Degradation, read_srf
 from fastfusion.evaluation import (
     Case,
+    averages,
     case_of,
     csv_table,
     markdown_table,
     run,
+    run_across_scales,
+    run_with_cost,
     score,
     with_sensors,
 )
-from fastfusion.figures import fusion_figure, save_figure
-from fastfusion.fusing import check_pair
+from fastfusion.figures import (
+    comparison_figure,
+    fusion_figure,
+    save_figure,
+    scale_figure,
+    scenes_at_all_scales,
+)
+from fastfusion.fusing import METHODS, check_pair
 from fastfusion.metrics import CONVENTIONS
+from fastfusion.models.base import FusionModel
 
 __all__ = ["evaluate", "fuse", "info"]
 
@@ -213,8 +223,9 @@ def evaluate(asked: argparse.Namespace) -> None:
     need("torchmetrics", extra="io", purpose="scoring")
     if not asked.no_figures:
         need("matplotlib", extra="plot", purpose="drawing the pictures (or give --no-figures)")
-    methods = [_method_and_options(text) for text in asked.methods]
+    methods = _methods(asked.methods, asked.weights)
     scenes = [pair for text in asked.scenes for pair in _scene_and_scales(text)]
+    _check_scales(methods, scenes, asked.cross_scale)
     folder = Path(asked.out)
     folder.mkdir(parents=True, exist_ok=True)
     displacement = {"shift": asked.shift, "rotation": asked.rotate, "zoom": asked.zoom}
@@ -222,34 +233,126 @@ def evaluate(asked: argparse.Namespace) -> None:
     run(case_of(load_scene("demo"), 8), "regression")  # what is loaded late is not timed
     for name, scale in scenes:
         case, _ = _case_from_scene(asked, name, scale, **displacement)
-        for method, options in methods:
-            start = time.perf_counter()
-            fused = run(case, method, blind=asked.blind, progress=asked.progress, **options)
-            seconds = time.perf_counter() - start
-            label = " ".join([method, *(f"{key}={value}" for key, value in options.items())])
-            seen = case if case.reference is not None else with_sensors(case)
-            figures = score(seen, fused)
-            summary = _summary(case, label, figures, seconds)
-            rows.append(
-                {
-                    "scene": case.name,
-                    "scale": case.scale,
-                    "method": label,
-                    **figures,
-                    "seconds": seconds,
-                    "protocol": case.protocol,
-                    **_sensors(case, asked.blind),
-                    "threads": torch.get_num_threads(),
-                    "fastfusion": __version__,
-                }
-            )
+        seen = case if case.reference is not None and asked.quick else with_sensors(case)
+        results: dict[str, Tensor] = {}
+        for label, method, options in methods:
+            fused, row = _evaluated(asked, case, seen, method, options)
+            results[label] = fused
+            rows.append({"scene": case.name, "scale": case.scale, "method": label, **row})
+            summary = _summary(case, label, row, row["seconds"])
             print(f"[{len(rows)}/{len(scenes) * len(methods)}] {summary}", file=sys.stderr)
             if not asked.no_figures:
-                picture = re.sub(r"[^\w.=-]+", "_", f"{case.name}_x{case.scale}_{label}") + ".png"
+                picture = _file_name(case.name, f"x{case.scale}", label)
                 save_figure(folder / picture, _figure(seen, fused, summary))
+            table = "\n\n".join(markdown_table(part) for part in (rows, averages(rows)) if part)
             _write_text(folder / "table.csv", csv_table(rows))
-            _write_text(folder / "table.md", markdown_table(rows) + "\n")
-    print(markdown_table(rows))
+            _write_text(folder / "table.md", "\n".join([table, "", *_notes(rows)]) + "\n")
+        if not asked.no_figures:
+            title = f"{case.name} x{case.scale}"
+            picture = _file_name(case.name, f"x{case.scale}")
+            save_figure(folder / picture, _comparison(seen, results, title))
+    if not asked.no_figures and scenes_at_all_scales(rows):
+        save_figure(folder / "psnr_against_scale.png", scale_figure(rows))
+    print(table)
+
+
+def _evaluated(
+    asked: argparse.Namespace, case: Case, seen: Case, method: str, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """What a method makes of a case, and its figures, costs and conditions."""
+    protocol = None
+    backend = options.get("backend", "auto")
+
+    def fusing() -> Tensor:
+        nonlocal protocol
+        if asked.cross_scale and "weights" in options:
+            fused, protocol = run_across_scales(
+                case, protocol=asked.cross_scale, blind=asked.blind, **options
+            )
+            return fused
+        return run(case, method, blind=asked.blind, progress=asked.progress, **options)
+
+    fused, cost = run_with_cost(fusing, backend=backend, quick=asked.quick)
+    figures = score(seen, fused, both=not asked.quick)
+    costs = {key: value for key, value in vars(cost).items() if value is not None}
+    row = {**figures, **costs, "protocol": case.protocol}
+    if protocol:
+        row["cross_scale"] = protocol
+    row |= {
+        **_sensors(case, asked.blind),
+        "threads": torch.get_num_threads(),
+        "fastfusion": __version__,
+    }
+    return fused, row
+
+
+def _methods(texts: Sequence[str], weights: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Label, name and options of each method, with the weights that are given for it."""
+    files = {}
+    for text in weights:
+        name, equals, path = text.partition("=")
+        if not (equals and path and name in METHODS):
+            raise ValueError(f"--weights {text}: expected METHOD=FILE, such as lso=x4.safetensors")
+        files[name] = path
+    methods = []
+    for text in texts:
+        name, options = _method_and_options(text)
+        if name not in METHODS:
+            raise ValueError(f"--methods {text}: expected one of {', '.join(METHODS)}")
+        if name in files:
+            options.setdefault("weights", files[name])
+        shown = [f"{key}={value}" for key, value in options.items() if key != "weights"]
+        if "weights" in options:
+            shown.insert(0, Path(options["weights"]).stem)
+        methods.append((" ".join([name, *shown]), name, options))
+    unused = files.keys() - {name for _, name, _ in methods}
+    if unused:
+        raise ValueError(f"--weights {min(unused)}=...: --methods does not name {min(unused)}")
+    labels = [label for label, _, _ in methods]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"--methods: {label} is there twice")
+    return methods
+
+
+def _check_scales(
+    methods: Sequence[tuple[str, str, dict[str, Any]]],
+    scenes: Sequence[tuple[str, int | None]],
+    cross_scale: str | None,
+) -> None:
+    """Before any work: the files of weights are whole, and of the scales that are asked for."""
+    for _, name, options in methods:
+        if "weights" not in options:
+            continue
+        model = FusionModel.load(options["weights"])
+        if type(model).__name__.lower() != name:
+            raise ValueError(
+                f"--weights {name}={options['weights']}: it holds a {type(model).__name__}"
+            )
+        others = sorted({scale for _, scale in scenes if scale not in (None, model.scale)})
+        if others and not cross_scale:
+            raise ValueError(
+                f"--weights {name}={options['weights']}: it was trained at x{model.scale}, and "
+                f"x{others[0]} is asked for; --cross-scale page or script says how to apply it"
+            )
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the columns of a table mean, and where its images come from."""
+    notes = [f"- {name}: {text}" for name, text in CONVENTIONS.items() if name in rows[0]]
+    protocols = sorted({row["protocol"] for row in rows})
+    across = sorted({row["cross_scale"] for row in rows if "cross_scale" in row})
+    return [
+        *notes,
+        "- parameters, GFLOP (2 for a multiply-add), latency: of the network that was applied, its "
+        "prior apart; of the whole method where there is no network. time: of the whole call",
+        f"- images: {'; '.join(protocols)}",
+        *([f"- cross-scale: {'; '.join(across)}"] if across else []),
+    ]
+
+
+def _file_name(*parts: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", "_".join(parts)) + ".png"
 
 
 def _method_and_options(text: str) -> tuple[str, dict[str, Any]]:
@@ -455,6 +558,17 @@ def _figure(case: Case, fused: Tensor, title: str) -> Any:
         wavelengths=case.wavelengths,
         srf=case.srf,
         degradation=case.degradation,
+        title=title,
+    )
+
+
+def _comparison(case: Case, results: Mapping[str, Tensor], title: str) -> Any:
+    return comparison_figure(
+        results,
+        case.lr_hsi,
+        case.hr_msi,
+        reference=case.reference,
+        wavelengths=case.wavelengths,
         title=title,
     )
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastfusion import metrics
 from fastfusion.data.cube import Cube
@@ -20,18 +24,35 @@ from fastfusion.data.estimation import estimate_sensors
 from fastfusion.data.scenes import Scene
 from fastfusion.data.sensors import Degradation, apply_srf, srf_from_bands
 from fastfusion.fusing import fuse
+from fastfusion.models.base import FusionModel
+from fastfusion.models.regression import regression
+from fastfusion.ops.operator import backend as backend_for_block
 
 __all__ = [
+    "CROSS_SCALE",
     "Case",
+    "Cost",
+    "averages",
     "broad_bands",
     "case_of",
     "csv_table",
     "displaced",
+    "fourier_resized",
     "markdown_table",
     "run",
+    "run_across_scales",
+    "run_with_cost",
     "score",
     "with_sensors",
 ]
+
+#: The two ways in which LSO's authors apply a network to pairs of a scale that it was not trained
+#: on: what their project page says, and what their released script does.
+CROSS_SCALE = {
+    "page": "as on LSO's page: the x{trained} network at the pair's own scale",
+    "script": "as in LSO's script: the LR-HSI resized in the Fourier domain for the x{trained} "
+    "network",
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,6 +245,157 @@ def run(case: Case, method: str, *, blind: bool = False, **options: Any) -> Tens
     return fuse(case.lr_hsi, case.hr_msi, method, **known, **options)
 
 
+def run_across_scales(
+    case: Case,
+    weights: str | os.PathLike[str],
+    protocol: str,
+    *,
+    blind: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, str]:
+    """Fuse a case by a network that was trained for pairs of another scale.
+
+    Args:
+        case: what to fuse.
+        weights: the network's file, written by its ``save``.
+        protocol: ``"page"`` applies the network, none of whose weights depends on the scale, at
+            the case's own scale. ``"script"`` leaves the network at its scale ``s`` and resizes
+            the hyperspectral image to ``(H/s, W/s)`` in the Fourier domain. See `CROSS_SCALE`. A
+            network on the regression's prior gets that of the pair as it is, by both.
+        blind: keep from that prior what is known of the sensors.
+        backend: the kernels to run on.
+
+    Returns:
+        ``(G, H, W)``, and the protocol in a line.
+
+    Raises:
+        ValueError: the protocol is not known; the file or its bands do not fit; the sides of the
+            multispectral image are no multiples of the network's scale (``"script"``).
+    """
+    if protocol not in CROSS_SCALE:
+        raise ValueError(f"protocol: expected one of {', '.join(CROSS_SCALE)}, got {protocol!r}")
+    model = FusionModel.load(weights)
+    trained = model.scale
+    low, high = case.lr_hsi[None].float(), case.hr_msi[None].float()
+    more = []
+    if getattr(model, "prior", None) == "regression":
+        srf, psf = (None, None) if blind else (case.srf, case.degradation)
+        more = [regression(low, high, srf=srf, psf=psf)]
+    if protocol == "page":
+        model.scale = case.scale
+    else:
+        if any(side % trained for side in high.shape[-2:]):
+            raise ValueError(
+                f"{case.name}: a network of scale {trained} needs a multispectral image whose "
+                f"sides are multiples of it, got {tuple(high.shape[-2:])}"
+            )
+        low = fourier_resized(low, [side // trained for side in high.shape[-2:]])
+    with torch.no_grad(), _on(backend):
+        fused = model(low, high, *more)[0].clamp(0, 1)
+    return fused, CROSS_SCALE[protocol].format(trained=trained)
+
+
+def fourier_resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize ``(..., h, w)`` to ``size`` by cutting or padding its spectrum with zeros.
+
+    The first sample stays where it is, and the image is taken to repeat: `scipy.signal.resample`
+    along both axes.
+
+    >>> fourier_resized(torch.ones(2, 4, 6), (8, 3)).shape
+    torch.Size([2, 8, 3])
+    """
+    for dim, length in zip((-2, -1), size, strict=True):
+        before = image.shape[dim]
+        if length == before:
+            continue
+        spectrum = torch.fft.rfft(image, dim=dim)
+        common = min(before, length)
+        kept = spectrum.narrow(dim, 0, common // 2 + 1).clone()
+        if common % 2 == 0:  # the highest frequency stands for itself and for its negative
+            kept.narrow(dim, common // 2, 1).mul_(2 if length < before else 0.5)
+        image = torch.fft.irfft(kept, length, dim=dim) * (length / before)
+    return image
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a method took for one case.
+
+    Attributes:
+        seconds: of the whole call: loading, fitting and all.
+        parameters: trainable numbers of the network that it applied; 0 where it has none.
+        gflops: of applying the network once, its prior apart, 2 for a multiply-add, in matrix
+            products, convolutions and this library's operators; of a method without a network, of
+            all of it. In units of 1e9.
+        latency: seconds, the median of three, to do that once more.
+    """
+
+    seconds: float
+    parameters: int
+    gflops: float | None = None
+    latency: float | None = None
+
+
+def run_with_cost(
+    fusing: Callable[[], Tensor], *, backend: str = "auto", quick: bool = False
+) -> tuple[Tensor, Cost]:
+    """Call ``fusing`` and measure what it costs.
+
+    Args:
+        fusing: fuses something; the last `FusionModel` that it applies is the network whose cost
+            is told.
+        backend: the kernels that the network is timed on.
+        quick: leave out what needs further runs, ``gflops`` and ``latency``.
+    """
+    with _networks() as applied:
+        start = time.perf_counter()
+        fused = fusing()
+        seconds = time.perf_counter() - start
+    once, parameters = fusing, 0
+    if applied:
+        network, inputs, named = applied[-1]
+        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+        def once() -> Tensor:
+            return network(*inputs, **named)
+
+    if quick:
+        return fused, Cost(seconds, parameters)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), _on(backend):
+        latency = statistics.median(_seconds(once) for _ in range(3))
+        with FlopCounterMode(display=False) as counter:
+            once()
+    return fused, Cost(seconds, parameters, counter.get_total_flops() / 1e9, latency)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _networks() -> Iterator[list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]]:
+    """The last model that is applied in the block, and what to."""
+    applied: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+    def remember(module: nn.Module, inputs: tuple[Any, ...], named: dict, output: Any) -> None:
+        if isinstance(module, FusionModel):
+            applied[:] = [(module, inputs, named)]
+
+    hook = nn.modules.module.register_module_forward_hook(remember, with_kwargs=True)
+    try:
+        yield applied
+    finally:
+        hook.remove()
+
+
+def _on(backend: str) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if backend == "auto" else backend_for_block(backend)
+
+
 def with_sensors(case: Case) -> Case:
     """The same case with estimates of the sensors that are not known, to check a result by."""
     if case.srf is not None and case.degradation is not None:
@@ -234,13 +406,15 @@ def with_sensors(case: Case) -> Case:
     return dataclasses.replace(case, srf=srf.to(case.lr_hsi), degradation=degradation)
 
 
-def score(case: Case, fused: Tensor) -> dict[str, float]:
+def score(case: Case, fused: Tensor, *, both: bool = False) -> dict[str, float]:
     """The figures of a fused cube, named as in `fastfusion.metrics`, where its conventions are.
 
-    With a reference: ``psnr``, ``sam``, ``ergas``, ``ssim``, ``mrae``. Without one: ``d_lambda``
-    and, with the sensors, ``d_s``, ``qnr`` and how far the cube is from explaining the two images,
-    ``rmse_lr_hsi`` and ``rmse_hr_msi``. Images smaller than a metric's window lack that metric.
+    With a reference: ``psnr``, ``sam``, ``ergas``, ``ssim``, ``mrae``. Without one, or where
+    ``both`` kinds are asked for: ``d_lambda`` and, with the sensors, ``d_s``, ``qnr`` and how far
+    the cube is from explaining the two images, ``rmse_lr_hsi`` and ``rmse_hr_msi``. Images smaller
+    than a metric's window lack that metric.
     """
+    figures: dict[str, Tensor] = {}
     if case.reference is not None:
         figures = {
             "psnr": metrics.psnr(fused, case.reference),
@@ -250,8 +424,8 @@ def score(case: Case, fused: Tensor) -> dict[str, float]:
         }
         if min(fused.shape[-2:]) >= 6:
             figures["ssim"] = metrics.ssim(fused, case.reference)
-    else:
-        figures = _without_reference(case, fused)
+    if case.reference is None or both:
+        figures |= _without_reference(case, fused)
     return {name: value.item() for name, value in figures.items()}
 
 
@@ -292,6 +466,9 @@ _COLUMNS = (
     ("d_lambda", "D_λ", ".4f"),
     ("d_s", "D_s", ".4f"),
     ("qnr", "QNR", ".4f"),
+    ("parameters", "parameters", ",d"),
+    ("gflops", "GFLOP", ",.1f"),
+    ("latency", "latency (s)", ".3f"),
     ("seconds", "time (s)", ".2f"),
 )
 
@@ -311,6 +488,38 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     head, *body = ("| " + " | ".join(cells) + " |" for cells in lines)
     return "\n".join([head, "|" + "---|" * len(columns), *body])
+
+
+def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each scale, protocol and method: the mean of the figures over the scenes.
+
+    Only of those that more than one scene has, and all of the rows of the scale, so that the means
+    compare.
+
+    >>> rows = [{"scene": name, "scale": 4, "method": "m", "psnr": 40.0 + n}
+    ...         for n, name in enumerate("ab")]
+    >>> averages(rows)
+    [{'scene': 'mean of 2', 'scale': 4, 'method': 'm', 'psnr': 40.5}]
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in ("scale", "cross_scale", "method"))
+        groups.setdefault(key, []).append(row)
+    means = []
+    for members in groups.values():
+        scenes = {row["scene"] for row in members}
+        every = {row["scene"] for row in rows if row["scale"] == members[0]["scale"]}
+        if len(scenes) < 2 or scenes != every:
+            continue
+        mean: dict[str, Any] = {"scene": f"mean of {len(scenes)}"}
+        for name, first in members[0].items():
+            values = [row.get(name) for row in members]
+            if isinstance(first, float) and all(isinstance(value, float) for value in values):
+                mean[name] = statistics.fmean(map(float, values))  # type: ignore[arg-type]
+            elif name != "scene" and all(value == first for value in values):
+                mean[name] = first
+        means.append(mean)
+    return means
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,11 +1,12 @@
-"""One picture of a fusion: what went in, what came out, where it errs, and some spectra."""
+"""Pictures of fusions: what went in, what came out, where it errs, some spectra; of one fusion, of
+several methods side by side, of one method at several scales."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +22,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["fusion_figure", "save_figure"]
+__all__ = [
+    "comparison_figure",
+    "fusion_figure",
+    "save_figure",
+    "scale_figure",
+    "scenes_at_all_scales",
+]
 
 # Okabe and Ito's colours and a perceptual map: readable with colour-deficient eyes, and in grey.
 _TRUTH, _FUSED, _COARSE, _MARK = "#8C8C8C", "#0072B2", "#D55E00", "#F0E442"
 _ERRORS = "magma"
+# What is left of Okabe and Ito's, then line styles: no two of 15 methods look alike.
+_METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+_STYLES = ("-", "--", ":")
 
 _MATERIALS = 3  # spectra shown, beside that of the pixel which fusion changed most
 _DETAIL = 0.25  # side of the enlarged window, as a share of the image's shorter side
@@ -98,6 +108,126 @@ def fusion_figure(
     for number in range(len(scene.points)):
         _draw_spectra(figure.add_subplot(grid[-1, number]), scene, number)
     return figure
+
+
+def comparison_figure(
+    results: Mapping[str, Tensor],
+    lr_hsi: Tensor,
+    hr_msi: Tensor,
+    *,
+    reference: Tensor | None = None,
+    wavelengths: Sequence[float] | np.ndarray | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw what several methods made of one pair: a row of each, then their curves together.
+
+    A row holds the composite in the reference's colours and the maps of its root mean square error
+    over bands and of its spectral angle, in scales that all rows share; below are the PSNR of each
+    band and the spectra of some pixels. Without a reference the map is the change to the bicubic
+    image.
+
+    Args:
+        results: the fused cubes ``(G, H, W)`` by their methods' names.
+        lr_hsi, hr_msi, reference, wavelengths, title: as in `fusion_figure`.
+
+    Raises:
+        TypeError, ValueError: the cubes are no tensors or do not fit together; there are none.
+        ImportError: matplotlib is not installed.
+
+    >>> cube = torch.rand(4, 32, 32)
+    >>> figure = comparison_figure({"a": cube, "b": cube}, cube[:, ::4, ::4], cube[:2])
+    >>> len(figure.axes) > 4
+    True
+    """
+    library = need("matplotlib.figure", extra="plot", purpose="drawing a figure")
+    if not results:
+        raise ValueError("results: expected at least one fused cube, got none")
+    scenes = {
+        name: _Scene.of(fused, lr_hsi, hr_msi, reference, wavelengths)
+        for name, fused in results.items()
+    }
+    maps = {
+        name: _consistency_maps(scene, None, None)
+        if scene.reference is None
+        else _error_maps(scene, scene.reference)[::-1]
+        for name, scene in scenes.items()
+    }
+    columns = 1 + max(map(len, maps.values()))
+    largest = [
+        max(_bright(maps[name][column].values) for name in scenes) for column in range(columns - 1)
+    ]
+    first = next(iter(scenes.values()))
+    rows = len(scenes) + 1 + (first.reference is not None)
+    figure = library.Figure(figsize=(13, 3.4 * rows), layout="constrained", dpi=100)
+    figure.suptitle(title, fontsize=15)
+    grid = figure.add_gridspec(rows, 12)
+    width = 12 // columns
+    for row, (name, scene) in enumerate(scenes.items()):
+        image = scene.composites()["Fused"]
+        axes = figure.add_subplot(grid[row, :width])
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(name)
+        axes.set_axis_off()
+        for column, error_map in enumerate(maps[name]):
+            place = grid[row, (column + 1) * width : (column + 2) * width]
+            _draw_map(figure.add_subplot(place), error_map, largest[column])
+    if first.reference is not None:
+        axes = figure.add_subplot(grid[len(scenes), :])
+        for line, (name, scene) in zip(_lines(), scenes.items(), strict=False):
+            _draw_band_psnr(axes, scene, first.reference, name, **line)
+        _tidy(axes)
+    step = 12 // len(first.points)
+    for number in range(len(first.points)):
+        axes = figure.add_subplot(grid[-1, number * step : (number + 1) * step])
+        _draw_spectra(axes, first, number, {name: scene.fused for name, scene in scenes.items()})
+    return figure
+
+
+def scale_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw PSNR against the scale: a line a method, the mean over the scenes that all scales have.
+
+    Args:
+        rows: with ``scene``, ``scale``, ``method`` and ``psnr``, as `fastfusion.evaluation` makes
+            them; rows without a ``psnr`` are left out.
+
+    Raises:
+        ValueError: no scene is there at all of several scales.
+        ImportError: matplotlib is not installed.
+
+    >>> rows = [{"scene": "a", "scale": s, "method": "m", "psnr": 50 - s} for s in (4, 8)]
+    >>> scale_figure(rows).axes[0].get_xlabel()
+    'scale'
+    """
+    library = need("matplotlib.figure", extra="plot", purpose="drawing a figure")
+    rows = [row for row in rows if "psnr" in row]
+    scales = sorted({row["scale"] for row in rows})
+    scenes = scenes_at_all_scales(rows)
+    if not scenes:
+        raise ValueError("rows: expected a scene that is there at all of several scales")
+    figure = library.Figure(figsize=(7, 4.5), layout="constrained", dpi=100)
+    axes = figure.add_subplot()
+    for line, method in zip(_lines(), dict.fromkeys(row["method"] for row in rows), strict=False):
+        own = [row for row in rows if row["method"] == method and row["scene"] in scenes]
+        means = [np.mean([row["psnr"] for row in own if row["scale"] == s]) for s in scales]
+        axes.plot(scales, means, marker="o", linewidth=2, label=method, **line)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(scales, [f"x{scale}" for scale in scales])
+    axes.minorticks_off()
+    names = ", ".join(sorted(scenes)) if len(scenes) <= 3 else f"mean of {len(scenes)} scenes"
+    protocols = sorted({row["cross_scale"] for row in rows if "cross_scale" in row})
+    axes.set_title("\n".join([f"PSNR against the scale: {names}", *protocols]), fontsize=10)
+    axes.set(xlabel="scale", ylabel="dB")
+    _tidy(axes)
+    return figure
+
+
+def scenes_at_all_scales(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The scenes that `scale_figure` can show: scored at every scale that any is, if several."""
+    at: dict[int, set[str]] = {}
+    for row in rows:
+        if "psnr" in row:
+            at.setdefault(row["scale"], set()).add(row["scene"])
+    return set.intersection(*at.values()) if len(at) > 1 else set()
 
 
 def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
@@ -350,12 +480,22 @@ def _draw_detail(axes: Axes, scene: _Scene, image: np.ndarray) -> None:
         spine.set(color=_MARK, linewidth=2)
 
 
-def _draw_map(axes: Axes, error_map: _Map) -> None:
-    name, values = error_map
+def _thinned(values: Tensor) -> np.ndarray:
     step = -(-max(values.shape) // _LARGEST)
-    shown = values[::step, ::step].numpy()
+    return values[::step, ::step].numpy()
+
+
+def _bright(values: Tensor) -> float:
+    """What a map shows as its brightest: a few outliers may lie above."""
+    shown = _thinned(values)
     finite = shown[np.isfinite(shown)]
-    largest = float(np.quantile(finite, 0.98)) if finite.size else 1.0
+    return float(np.quantile(finite, 0.98)) if finite.size else 1.0
+
+
+def _draw_map(axes: Axes, error_map: _Map, largest: float | None = None) -> None:
+    name, values = error_map
+    shown = _thinned(values)
+    largest = _bright(values) if largest is None else largest
     colormaps = need("matplotlib", extra="plot", purpose="drawing a figure").colormaps
     colours = colormaps[_ERRORS].with_extremes(bad="#404040")
     picture = axes.imshow(shown, cmap=colours, vmin=0, vmax=largest or 1e-6, interpolation="none")
@@ -366,28 +506,44 @@ def _draw_map(axes: Axes, error_map: _Map) -> None:
 
 
 def _draw_psnr(axes: Axes, scene: _Scene, reference: Tensor) -> None:
-    position, unit = _spectral_axis(scene)
-    for name, cube, colour in (
-        ("fused", scene.fused, _FUSED),
-        ("LR-HSI, bicubic", scene.upsampled.clamp(0, 1), _COARSE),
-    ):
-        bands = psnr(cube, reference, per_band=True)
-        bands = bands.masked_fill(~bands.isfinite(), torch.nan)
-        mean = bands.nanmean()
-        label = f"{name}, mean {mean:.2f} dB"
-        axes.plot(position, _broken(bands, position), color=colour, linewidth=2, label=label)
-    axes.set(title="PSNR of each band", xlabel=unit, ylabel="dB")
+    bicubic = replace(scene, fused=scene.upsampled.clamp(0, 1))
+    _draw_band_psnr(axes, scene, reference, "fused", color=_FUSED)
+    _draw_band_psnr(axes, bicubic, reference, "LR-HSI, bicubic", color=_COARSE)
     _tidy(axes)
 
 
-def _draw_spectra(axes: Axes, scene: _Scene, number: int) -> None:
+def _draw_band_psnr(axes: Axes, scene: _Scene, reference: Tensor, name: str, **style: Any) -> None:
+    position, unit = _spectral_axis(scene)
+    bands = psnr(scene.fused, reference, per_band=True)
+    bands = bands.masked_fill(~bands.isfinite(), torch.nan)
+    label = f"{name}, mean {bands.nanmean():.2f} dB"
+    axes.plot(position, _broken(bands, position), linewidth=2, label=label, **style)
+    axes.set(title="PSNR of each band", xlabel=unit, ylabel="dB")
+
+
+def _lines() -> Iterator[dict[str, Any]]:
+    """A look for each of several methods."""
+    for style in _STYLES:
+        for colour in _METHODS:
+            yield {"color": colour, "linestyle": style}
+
+
+def _draw_spectra(
+    axes: Axes, scene: _Scene, number: int, results: Mapping[str, Tensor] | None = None
+) -> None:
+    """The spectra at one of the scene's points, of its fused cube or of several."""
     position, label = _spectral_axis(scene)
     row, column = scene.points[number]
     low_row, low_column = scene.coarse((row, column))
-    lines = [("LR-HSI", scene.lr_hsi[:, low_row, low_column], _COARSE, 2.0, ":")]
+    many = results is not None
+    results = {"fused": scene.fused} if results is None else results
+    coarse = "black" if many else _COARSE
+    lines = [("LR-HSI", scene.lr_hsi[:, low_row, low_column], coarse, 2.0, ":")]
     if scene.reference is not None:
         lines.append(("reference", scene.reference[:, row, column], _TRUTH, 4.0, "-"))
-    lines.append(("fused", scene.fused[:, row, column], _FUSED, 1.5, "-"))
+    for line, (name, cube) in zip(_lines(), results.items(), strict=False):
+        spectrum = cube.detach().float().cpu()[:, row, column]
+        lines.append((name, spectrum, line["color"], 1.5, line["linestyle"]))
     for name, spectrum, colour, width, style in lines:
         axes.plot(
             position, _broken(spectrum, position), style, color=colour, linewidth=width, label=name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from PIL import Image
 from fastfusion import commands
 from fastfusion.cli import main
 from fastfusion.data import Cube, Degradation, read_cube, wald, write_cube
+from fastfusion.models import LSO
 
 WAVELENGTHS = np.linspace(420, 900, 12)
 
@@ -423,14 +425,15 @@ def test_evaluate(files, capsys):
     status, out, err = run(
         capsys,
         *("evaluate", "--scenes", "reference.npy@3,4", "--methods", "bicubic", "--out", "a/b"),
-        "--no-figures",
+        *("--no-figures", "--quick"),
     )
     assert status == 0
     lines = (files / "a/b/table.md").read_text().splitlines()
-    assert out.splitlines() == lines and len(lines) == 4
+    assert lines[: len(out.splitlines())] == out.splitlines() and lines[4] == ""
+    assert "- images: Wald" in lines and "- psnr: dB, mean over bands" in "".join(lines)
     assert lines[2].startswith("| reference.npy | 3 | bicubic |")
     rows = (files / "a/b/table.csv").read_text().splitlines()
-    assert rows[0].startswith("scene,scale,method,psnr,sam,ergas,mrae,ssim,seconds,protocol")
+    assert rows[0].startswith("scene,scale,method,psnr,sam,ergas,mrae,ssim,seconds,parameters,")
     assert "[2/2] reference.npy x4 by bicubic" in err
     assert sorted(path.name for path in (files / "a/b").iterdir()) == ["table.csv", "table.md"]
 
@@ -446,6 +449,65 @@ def test_evaluate_with_options_displacement_and_pictures(files, capsys):
     assert "HSI moved 0.5 pixels" in table and "regression local=False" in table
     assert ",estimated,estimated," in table
     assert (files / "out/reference.npy_x4_regression_local=False.png").exists()
+
+
+@pytest.fixture
+def trained(files) -> Path:
+    """A network of scale 4 for the pair in the files."""
+    torch.manual_seed(0)
+    sizes = {"width": 8, "heads": 2, "tokens": 2, "basis": 2, "guide_width": 4, "guide_blocks": 0}
+    LSO(12, 3, 4, **sizes).save("x4.safetensors")
+    return files
+
+
+EVALUATE = ["evaluate", "--scenes", "reference.npy@4", "--out", "out", "--no-figures"]
+
+
+def test_evaluate_tells_quality_and_cost_of_a_trained_network(trained, capsys):
+    lso = ["--methods", "lso", "--weights", "lso=x4.safetensors"]
+    assert run(capsys, *EVALUATE, *lso)[0] == 0
+    with open("out/table.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["method"] == "lso x4"
+    for name in ("psnr", "ssim", "sam", "ergas", "d_lambda", "d_s", "qnr", "latency"):
+        assert np.isfinite(float(row[name])), name
+    model = LSO.load("x4.safetensors")
+    assert int(row["parameters"]) == sum(p.numel() for p in model.parameters())
+    assert float(row["gflops"]) > 0 and row["seconds"] >= row["latency"]
+
+
+def test_evaluate_across_scales(trained, capsys):
+    scenes = ["--scenes", "reference.npy@2,4,3"]
+    lso = [*EVALUATE, *scenes, "--methods", "lso", "bicubic", "--weights", "lso=x4.safetensors"]
+    line = refused(capsys, trained, *lso)
+    assert "it was trained at x4, and x2 is asked for; --cross-scale" in line
+    lso.remove("--no-figures")
+    assert run(capsys, *lso, "--quick", "--cross-scale", "script")[0] == 0
+    table = Path("out/table.md").read_text()
+    assert "cross-scale: as in LSO's script: the LR-HSI resized" in table
+    names = {path.name for path in Path("out").iterdir()}
+    assert {"psnr_against_scale.png", "reference.npy_x2.png", "reference.npy_x2_lso_x4.png"} < names
+    with open("out/table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and {row["cross_scale"] == "" for row in rows} == {True, False}
+
+
+def test_evaluate_refuses_weights_before_any_work(trained, capsys):
+    said = {
+        "lso": "--weights lso: expected METHOD=FILE",
+        "x=y": "--weights x=y: expected METHOD=FILE",
+        "lso=none.safetensors": "none.safetensors",
+        "cofusion=x4.safetensors": "--methods does not name cofusion",
+        "lso=reference.npy": "is no safetensors file, or truncated",
+    }
+    for text, says in said.items():
+        assert says in refused(capsys, trained, *EVALUATE, "--methods", "lso", "--weights", text)
+    mixed = [*EVALUATE, "--methods", "cofusion", "--weights", "cofusion=x4.safetensors"]
+    assert "it holds a LSO" in refused(capsys, trained, *mixed)
+    assert "--methods nothing: expected one of" in refused(
+        capsys, trained, *EVALUATE, "--methods", "nothing"
+    )
+    assert "is there twice" in refused(capsys, trained, *EVALUATE, "--methods", "lso", "lso")
 
 
 def test_info(capsys):

@@ -9,20 +9,26 @@ import io
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
+from scipy import ndimage, signal
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastfusion import metrics
 from fastfusion.data import Cube, Degradation, apply_srf
 from fastfusion.data.scenes import Scene, load_scene
 from fastfusion.evaluation import (
+    averages,
     broad_bands,
     case_of,
     csv_table,
     displaced,
+    fourier_resized,
     markdown_table,
     run,
+    run_across_scales,
+    run_with_cost,
     score,
 )
+from fastfusion.models import LSO
 
 
 @pytest.fixture
@@ -222,3 +228,86 @@ def test_tables():
     assert back[0] == {"scene": "a", "scale": "4", "method": "bicubic", "psnr": "31.456",
                        "seconds": "0.1", "x": "1", "qnr": ""}  # fmt: skip
     assert back[1]["qnr"] == "0.98765"
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks: across scales, and what they cost
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 12), (16, 24), (3, 5), (4, 6), (9, 11), (10, 6)])
+@pytest.mark.parametrize("shape", [(8, 12), (7, 9)])
+def test_resizing_in_the_fourier_domain_is_scipys(shape, size):
+    image = torch.rand(2, *shape, dtype=torch.float64)
+    expected = signal.resample(signal.resample(image.numpy(), size[0], axis=1), size[1], axis=2)
+    np.testing.assert_allclose(fourier_resized(image, size), expected, atol=1e-12)
+
+
+@pytest.fixture
+def network(tmp_path):
+    sizes = {"width": 8, "heads": 2, "tokens": 2, "basis": 2, "guide_width": 4, "guide_blocks": 0}
+    model = LSO(9, 4, 4, **sizes)
+    model.save(tmp_path / "x4.safetensors")
+    return model.eval(), tmp_path / "x4.safetensors"
+
+
+@torch.no_grad()
+def test_both_protocols_across_scales(scene, network):
+    model, path = network
+    case = case_of(scene, 2)  # 30 x 44, so that x4 does not divide the rows
+    fused, told = run_across_scales(case, path, "page")
+    assert told == "as on LSO's page: the x4 network at the pair's own scale"
+    model.scale = 2
+    expected = model(case.lr_hsi[None], case.hr_msi[None])[0].clamp(0, 1)
+    torch.testing.assert_close(fused, expected)
+    with pytest.raises(ValueError, match=r"small: a network of scale 4 needs .* got \(30, 44\)"):
+        run_across_scales(case, path, "script")
+    case = case_of(scene, 7)
+    case = dataclasses.replace(case, hr_msi=case.hr_msi[..., :28, :28], lr_hsi=case.lr_hsi[..., :4])
+    fused, told = run_across_scales(case, path, "script")
+    assert told.startswith("as in LSO's script") and "for the x4 network" in told
+    model.scale = 4
+    low = fourier_resized(case.lr_hsi, (7, 7))
+    torch.testing.assert_close(fused, model(low[None], case.hr_msi[None])[0].clamp(0, 1))
+    with pytest.raises(ValueError, match="protocol: expected one of page, script, got 'both'"):
+        run_across_scales(case, path, "both")
+
+
+def test_at_its_own_scale_both_protocols_are_plain_fusion(scene, network):
+    case = case_of(scene, 4)
+    plain = run(case, "lso", weights=network[1])
+    for protocol in ("page", "script"):
+        torch.testing.assert_close(run_across_scales(case, network[1], protocol)[0], plain)
+
+
+def test_costs_are_those_of_the_network(scene, network):
+    model, path = network
+    case = case_of(scene, 4)
+    fused, cost = run_with_cost(lambda: run(case, "lso", weights=path))
+    torch.testing.assert_close(fused, run(case, "lso", weights=path))
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(case.lr_hsi[None], case.hr_msi[None])
+    assert cost.gflops == counter.get_total_flops() / 1e9 > 0
+    assert cost.latency is not None and cost.latency > 0 and cost.seconds > 0
+    plain = run_with_cost(lambda: run(case, "regression"))[1]
+    assert plain.parameters == 0 and plain.gflops is not None and plain.gflops > 0
+    assert run_with_cost(lambda: run(case, "bicubic"), quick=True)[1].latency is None
+
+
+def test_figures_of_both_kinds(scene):
+    scene.reference.data = np.tile(scene.reference.data, (1, 2, 2))
+    case = case_of(scene, 4)
+    assert case.reference is not None
+    figures = score(case, case.reference, both=True)
+    assert figures["rmse_hr_msi"] < 1e-6 and figures["rmse_lr_hsi"] < 1e-6
+    assert {"sam", "d_lambda", "d_s", "qnr"} <= figures.keys()
+
+
+def test_means_over_scenes_are_of_the_same_scenes():
+    rows = [
+        {"scene": scene, "scale": 4, "method": method, "psnr": psnr, "note": scene}
+        for scene, method, psnr in [("a", "x", 1.0), ("b", "x", 2.0), ("a", "y", 5.0)]
+    ]
+    assert averages(rows) == [{"scene": "mean of 2", "scale": 4, "method": "x", "psnr": 1.5}]
+    assert averages(rows[:1]) == []

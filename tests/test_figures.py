@@ -159,3 +159,39 @@ def test_bad_input(fusion, tmp_path):
     with pytest.raises(ValueError, match="format"):
         figures.save_figure(tmp_path / "x.nonsense", figure)
     assert not list(tmp_path.iterdir())
+
+
+def test_methods_side_by_side(fusion, tmp_path):
+    results = {"good": fusion["fused"], "bad": torch.zeros_like(fusion["fused"])}
+    pair = {name: fusion[name] for name in ("lr_hsi", "hr_msi", "wavelengths")}
+    figure = figures.comparison_figure(results, **pair, reference=fusion["reference"], title="two")
+    shown = titles(figure)
+    assert {"good", "bad", "PSNR of each band"} < set(shown)
+    assert sum(title.startswith("Spectral angle") for title in shown) == 2
+    maps = [axes for axes in figure.axes if axes.get_title().startswith("RMSE over bands")]
+    limits = {axes.images[0].get_clim() for axes in maps}
+    assert len(maps) == 2 and len(limits) == 1  # one scale for all, so that they compare
+    curves = next(axes for axes in figure.axes if axes.get_title() == "PSNR of each band")
+    assert [text.get_text().split(",")[0] for text in curves.get_legend().get_texts()] == [*results]
+    spectra = [axes for axes in figure.axes if axes.get_title().startswith("Point")]
+    names = [line.get_label() for line in spectra[0].lines]
+    assert names == ["LR-HSI", "reference", "good", "bad"] and len(spectra) == 4
+    figures.save_figure(tmp_path / "two.png", figure)
+    plain = titles(figures.comparison_figure(results, **pair))
+    assert "PSNR of each band" not in plain
+    assert sum(title.startswith("Change to bicubic") for title in plain) == 2
+    with pytest.raises(ValueError, match="results: expected at least one"):
+        figures.comparison_figure({}, **pair)
+
+
+def test_psnr_against_scale_compares_the_scenes_that_all_scales_have():
+    rows = [
+        {"scene": scene, "scale": scale, "method": "m", "psnr": 60.0 - scale, "cross_scale": "by x"}
+        for scene, scale in [("a", 4), ("a", 8), ("b", 4)]
+    ]
+    rows.append({"scene": "c", "scale": 3, "method": "m"})  # without a reference
+    axes = figures.scale_figure(rows).axes[0]
+    assert axes.get_title() == "PSNR against the scale: a\nby x"
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[4, 56], [8, 52]])
+    with pytest.raises(ValueError, match="a scene that is there at all of several"):
+        figures.scale_figure(rows[:1] + rows[2:])
