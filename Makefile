@@ -10,13 +10,15 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format quality bench clean
+.PHONY: help demo test lint format docs sanitize quality bench clean
 
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
 	@echo "make test      the tests"
 	@echo "make lint      formatters, linters and types"
 	@echo "make format    put the sources into their format"
+	@echo "make docs      the documentation, in build/docs/index.html"
+	@echo "make sanitize  the C++ kernels' tests under address, undefined and thread sanitizers"
 	@echo "make quality   the tables and pictures of docs/quality.md, from real scenes"
 	@echo "make bench     the tables of docs/performance-cpu.md"
 	@echo "make clean     remove the environment and everything built"
@@ -57,6 +59,17 @@ format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+$(VENV)/docs.done: $(VENV)/dev.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs.done
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
+sanitize: $(VENV)/dev.done
+	$(BIN)/python tests/sanitize.py
 
 quality: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.quality --write docs/quality.md

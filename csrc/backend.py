@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 
-import build
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 (a backend offers all that setuptools offers)
+
+import build
 
 
 def _torch() -> list[str]:

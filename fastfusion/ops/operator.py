@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from fastfusion import native
@@ -286,11 +287,11 @@ class Operator:
             (f"{NAMESPACE}::{name}_backward", self._fake_backward),
         ):
             torch.library.register_fake(qualified, fake, lib=_library)
-        for op, derivative in (
-            (self.op, self._differentiate),
-            (self.backward_op, self._differentiate_twice),
+        for op, derivative, definition in (
+            (self.op, self._differentiate, self._define_forward),
+            (self.backward_op, self._differentiate_twice, self._refuse_forward_over_reverse),
         ):
-            kernel = _autograd_kernel(op, self._save, derivative)
+            kernel = _autograd_kernel(op, self._save, derivative, definition)
             _library.impl(op.overloadpacket.__name__, kernel, "Autograd", with_keyset=True)
         torch.library.register_vmap(f"{NAMESPACE}::{name}", self._vmap, lib=_library)
         torch.library.register_vmap(
@@ -422,6 +423,16 @@ class Operator:
                     result[index] = gradient
         return tuple(result)
 
+    # Forward-mode differentiation (`torch.func.jvp`) goes through the definition, op by op.
+    def _define_forward(self, *args: Any) -> Any:
+        return self.reference(*args[:-1])
+
+    def _refuse_forward_over_reverse(self, *args: Any) -> Any:
+        raise NotImplementedError(
+            f"{self.name}: a gradient cannot be differentiated in forward mode "
+            "(torch.func.hessian, jvp of grad); reverse mode can: jacrev of jacrev, grad of grad"
+        )
+
     # -- vmap ----------------------------------------------------------------------------------
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -511,7 +522,10 @@ class Operator:
 
 
 def _autograd_kernel(
-    op: Any, save: Callable[..., None], derivative: Callable[..., tuple[Tensor | None, ...]]
+    op: Any,
+    save: Callable[..., None],
+    derivative: Callable[..., tuple[Tensor | None, ...]],
+    definition: Callable[..., Any],
 ) -> Callable[..., Any]:
     """The op's kernel for autograd: what ``torch.library.register_autograd`` makes, and more.
 
@@ -524,7 +538,8 @@ def _autograd_kernel(
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             save(ctx, args)
-            with torch._C._AutoDispatchBelowAutograd():
+            # Autograd has switched forward mode off, for the levels of `torch.func` below too.
+            with torch._C._AutoDispatchBelowAutograd(), forward_ad._set_fwd_grad_enabled(True):
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
         @staticmethod
@@ -534,6 +549,8 @@ def _autograd_kernel(
     Node.__name__ = Node.__qualname__ = f"{op.overloadpacket.__name__}_autograd"
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            return definition(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             with enable_single_level_autograd_function():
                 return Node.apply(keyset, *args)  # type: ignore[attr-defined]
@@ -541,6 +558,10 @@ def _autograd_kernel(
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return kernel
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _autograd_on() -> contextlib.AbstractContextManager[None]:

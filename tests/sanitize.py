@@ -1,0 +1,158 @@
+"""Run the C++ kernels' tests under the compiler's sanitizers: ``make sanitize``.
+
+AddressSanitizer and UndefinedBehaviorSanitizer watch the whole parity matrix of the C++ backend, at
+each instruction set that this processor has; ThreadSanitizer watches the threaded part of it. The
+library is built for each; Python and torch are the ordinary ones. So that ThreadSanitizer sees who
+waits for whom, the kernels then run on threads of their own instead of torch's pool.
+
+Every sanitizer is first shown a planted fault of its kind, which it must find.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: What each run is compiled with, and the library that must be in the process before Python.
+SANITIZERS = {
+    "address": (
+        # gcc's -fsanitize=undefined has no check of vector types' alignment that could misfire.
+        "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer",
+        ("libasan.so", "libubsan.so"),
+    ),
+    "thread": ("-fsanitize=thread -DFASTFUSION_OWN_THREADS -pthread", ("libtsan.so",)),
+}
+
+LEVELS = ["default", "avx2", "avx512"]
+
+#: One planted fault a sanitizer: what must be found, or its run proves nothing.
+FAULTS = {
+    "address": (
+        "int main(int n, char**) { int* p = new int[4]; int v = p[3 + n]; delete[] p; return v; }",
+        "heap-buffer-overflow",
+    ),
+    "undefined": (
+        "int main(int n, char**) { int big = 2147483647; big += n; return big; }",
+        "signed integer overflow",
+    ),
+    "thread": (
+        "#include <thread>\nint n; int main() { std::thread a([] { ++n; }), b([] { ++n; });"
+        " a.join(); b.join(); }",
+        "data race",
+    ),
+}
+
+
+def _build_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fastfusion_build", ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _runtime(compiler: list[str], name: str) -> str:
+    found = subprocess.run(
+        [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
+    path = Path(found.stdout.strip())
+    if not path.is_absolute():
+        sys.exit(f"sanitize: {compiler[0]} has no {name}")
+    return str(path)
+
+
+def show_faults(compiler: list[str]) -> None:
+    """Compile and run each planted fault; ends the program where one is not found."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (source, expected) in FAULTS.items():
+            program = Path(folder) / name
+            program.with_suffix(".cpp").write_text(source)
+            flags = ["-std=c++17", "-pthread", f"-fsanitize={name}", "-g"]
+            command = [*compiler, *flags, f"{program}.cpp", "-o", str(program)]
+            subprocess.run(command, check=True)
+            told = subprocess.run([*_no_aslr(name), str(program)], capture_output=True, text=True)
+            if expected not in told.stderr:
+                sys.exit(f"sanitize: the {name} sanitizer does not find a planted {expected}")
+            print(f"sanitize: the {name} sanitizer finds a planted {expected}", flush=True)
+
+
+def _no_aslr(sanitizer: str) -> list[str]:
+    """ThreadSanitizer of gcc 12 cannot live with today's random address layouts."""
+    return ["setarch", platform.machine(), "-R"] if sanitizer == "thread" else []
+
+
+def capabilities() -> list[str]:
+    """The instruction sets of this processor, by the names of FASTFUSION_CPU_CAPABILITY."""
+    code = "import fastfusion.native as native; print(native.capability())"
+    environment = {**os.environ, "FASTFUSION_CPU_CAPABILITY": ""}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    best = told.stdout.strip()
+    if best == "none":
+        sys.exit("sanitize: fastfusion is installed without its C++ kernels (see fastfusion info)")
+    return LEVELS[: LEVELS.index(best) + 1]
+
+
+def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> bool:
+    """The tests with one sanitizer on one instruction set; whether they passed."""
+    preload = [_runtime(compiler, name) for name in SANITIZERS[sanitizer][1]]
+    environment = {
+        **os.environ,
+        "FASTFUSION_LIBRARY_DIR": str(library),
+        "FASTFUSION_CPU_CAPABILITY": capability,
+        "FASTFUSION_BACKEND": "cpp",
+        "LD_PRELOAD": ":".join(preload),
+        # Python's own allocations live as long as the process: only writes and reads are judged.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:alloc_dealloc_mismatch=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "exitcode=66:halt_on_error=0:ignore_noninstrumented_modules=1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONMALLOC": "malloc",
+    }
+    chosen = ["tests/ops/test_parity.py", "tests/ops/test_empty.py", "-k", "cpp"]
+    if sanitizer == "thread":
+        chosen = ["tests/ops/test_parity.py", "-k", "cpp and (float32 or threads)"]
+    command = [
+        *_no_aslr(sanitizer),
+        *[sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout=0"],
+        *chosen,
+    ]
+    print(f"sanitize: {sanitizer}, {capability}: {shlex.join(command)}", flush=True)
+    return subprocess.run(command, env=environment, cwd=ROOT).returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=SANITIZERS, help="one kind (default: every)")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "sanitize")
+    arguments = parser.parse_args()
+    script = _build_script()
+    compiler = script.find_compiler()
+    if compiler is None:
+        sys.exit("sanitize: no C++ compiler")
+    show_faults(compiler)
+    good = True
+    for sanitizer in [arguments.only] if arguments.only else SANITIZERS:
+        library = arguments.out / sanitizer
+        # Later options win: -O1 keeps the names and the time of the build.
+        script.build(library, flags=f"{SANITIZERS[sanitizer][0]} -O1 -g1")
+        levels = capabilities()
+        # Races do not depend on the instruction set.
+        for capability in levels if sanitizer == "address" else levels[-1:]:
+            good &= run(sanitizer, capability, compiler, library)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
