@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "shuffles.h"
 #include "vector.h"
 
 namespace fastfusion::FF_CAPABILITY {
@@ -18,26 +19,6 @@ FF_INLINE int64_t elements_ahead(int64_t row_elements, int64_t row_stride) {
   const int64_t pair = 2 * row_elements * static_cast<int64_t>(sizeof(T));
   return pair < kAhead ? (kAhead + pair - 1) / pair * 2 * row_stride
                        : kAhead / static_cast<int64_t>(sizeof(T));
-}
-
-template <typename V>
-struct Pair {
-  V left, right;
-};
-template <typename V>
-Pair(V, V) -> Pair<V>;
-
-template <typename V, size_t... I>
-FF_INLINE Pair<V> deinterleave(V first, V second, std::index_sequence<I...>) {
-  return {__builtin_shufflevector(first, second, (2 * I)...),
-          __builtin_shufflevector(first, second, (2 * I + 1)...)};
-}
-
-template <typename V, size_t... I>
-FF_INLINE Pair<V> interleave(Pair<V> p, std::index_sequence<I...>) {
-  constexpr size_t n = sizeof...(I), half = n / 2;
-  return {__builtin_shufflevector(p.left, p.right, (I / 2 + (I % 2) * n)...),
-          __builtin_shufflevector(p.left, p.right, (half + I / 2 + (I % 2) * n)...)};
 }
 
 // Where one block, or (wide) a vector of neighbouring ones, lies in its rows: `band` in a row of a

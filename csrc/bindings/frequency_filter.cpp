@@ -1,0 +1,411 @@
+// The frequency filter: tensors in, tensors out.
+//
+// Torch's transforms and matrix products, the depthwise kernels, and what lies between them.
+#include "../cpu/frequency_filter.h"
+
+#include <array>
+#include <string>
+
+#include "../cpu/depthwise.h"
+#include "../cpu/parallel.h"
+#include "tensors.h"
+
+namespace fastfusion {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// -- what torch offers by name --------------------------------------------------------------------
+
+template <typename... Args>
+Tensor call(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+using torch::stable::matmul;
+using torch::stable::select;
+using Sizes = std::vector<int64_t>;
+// How a transform is scaled.
+constexpr int64_t kNotScaled = 0, kByLength = 2;
+
+Tensor as_real(const Tensor& x) { return call("aten::view_as_real", "", x); }
+Tensor as_complex(const Tensor& x) { return call("aten::view_as_complex", "", x); }
+Tensor times(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
+Tensor plus(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+Tensor shaped(const Tensor& x, const Sizes& shape) { return torch::stable::reshape(x, shape); }
+Tensor total(const Tensor& x, const Sizes& dims) { return torch::stable::sum(x, dims); }
+
+// What the kernels compute with: contiguous, float or double, and nothing of autograd's, which the
+// threads of the pool would otherwise record for.
+Tensor wide(const Tensor& given) {
+  const Tensor x = call("aten::detach", "", given);
+  const bool low = x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
+  return torch::stable::contiguous(low ? torch::stable::to(x, ScalarType::Float) : x);
+}
+MaybeTensor wide(const MaybeTensor& x) { return x ? MaybeTensor(wide(*x)) : x; }
+
+// The result in the dtype of `like`, and in its layout where it is an image.
+Tensor result(const Tensor& y, const Tensor& like, bool is_image) {
+  const Tensor cast =
+      y.scalar_type() == like.scalar_type() ? y : torch::stable::to(y, like.scalar_type());
+  return is_image ? torch::stable::contiguous(cast, layout_of(like))
+                  : torch::stable::contiguous(cast);
+}
+
+bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+const void* data_of(const MaybeTensor& x) { return x ? x->data_ptr() : nullptr; }
+
+// -- steps of both forms --------------------------------------------------------------------------
+
+// mixing (2, D, C), or its transpose, times parts (B, 2, C, rows, columns), plus a bias (2, D).
+Tensor mix(const Tensor& mixing, const Tensor& parts, const MaybeTensor& bias) {
+  const int64_t pixels = parts.size(3) * parts.size(4);
+  const Tensor flat = shaped(parts, {parts.size(0), 2, parts.size(2), pixels});
+  Tensor mixed = matmul(mixing, flat);
+  if (bias) mixed = plus(mixed, shaped(*bias, {2, bias->size(1), 1}));
+  return shaped(mixed, {parts.size(0), 2, mixing.size(1), parts.size(3), parts.size(4)});
+}
+
+// The gradient of the mixing matrices: that of the mixed parts times the parts.
+Tensor mixing_gradient(const Tensor& grad_mixed, const Tensor& parts) {
+  const int64_t pixels = parts.size(3) * parts.size(4);
+  const Tensor grad = shaped(grad_mixed, {grad_mixed.size(0), 2, grad_mixed.size(2), pixels});
+  const Tensor flat = shaped(parts, {parts.size(0), 2, parts.size(2), pixels});
+  return total(matmul(grad, torch::stable::transpose(flat, 2, 3)), {0});
+}
+
+// The filters with the gain of the batch norm in them.
+Tensor with_gain(const Tensor& kernel, const MaybeTensor& gain) {
+  return gain ? times(kernel, shaped(*gain, {2, gain->size(1), 1, 1})) : kernel;
+}
+
+// -- zeros: half spectra --------------------------------------------------------------------------
+
+// Planes are transformed one by one, by the threads that go on with them: what torch's transforms
+// give for many at once depends, in the last bit, on the number of threads.
+
+// Where the real (0) or imaginary part of a plane lies among the parts (B, 2, C, H, K).
+void* part_of(const Tensor& parts, int64_t plane, int64_t part) {
+  const int64_t channels = parts.size(2), size = parts.size(3) * parts.size(4);
+  const int64_t index = (plane / channels * 2 + part) * channels + plane % channels;
+  return static_cast<char*>(parts.data_ptr()) + index * size * (is_double(parts) ? 8 : 4);
+}
+
+// The parts (B, 2, C, H, W//2+1) of an image's spectrum, times `edge` or `inner`.
+Tensor parts_of(const Tensor& x, double edge, double inner) {
+  const SpectrumShape shape{x.size(2), x.size(3)};
+  const int64_t planes = x.size(0) * x.size(1);
+  const Tensor flat = shaped(x, {planes, shape.rows, shape.columns});
+  const Tensor parts = empty_tensor(x, {x.size(0), 2, x.size(1), shape.rows, shape.bins()});
+  parallel_for(0, planes, 1, [&](int64_t first, int64_t last) {
+    for (int64_t plane = first; plane < last; ++plane) {
+      const Tensor spectrum = torch::stable::contiguous(as_real(
+          call("aten::_fft_r2c", "", select(flat, 0, plane), Sizes{0, 1}, kNotScaled, true)));
+      FF_CALL(spectrum_parts)
+      (is_double(x), shape, spectrum.data_ptr(), edge, inner, part_of(parts, plane, 0),
+       part_of(parts, plane, 1));
+    }
+  });
+  return parts;
+}
+
+// Complex numbers (rows, columns, 2) transformed back along one of the first two dimensions.
+Tensor inverted(const Tensor& x, int64_t dim, int64_t scaling) {
+  return torch::stable::contiguous(
+      as_real(call("aten::_fft_c2c", "", as_complex(x), Sizes{dim}, scaling, false)));
+}
+
+// The image (B, C, H, W) of a half spectrum, as `frequency_filter2d` defines it.
+Tensor image_of(const Tensor& parts, int64_t width, double edge, double inner, int64_t scaling) {
+  const SpectrumShape shape{parts.size(3), width};
+  const int64_t planes = parts.size(0) * parts.size(2);
+  const Tensor image = empty_tensor(parts, {parts.size(0), parts.size(2), shape.rows, width});
+  const int64_t bytes = shape.rows * width * (is_double(parts) ? 8 : 4);
+  parallel_for(0, planes, 1, [&](int64_t first, int64_t last) {
+    const Tensor spectrum = empty_tensor(parts, {shape.rows, shape.bins(), 2});
+    const Tensor pairs = empty_tensor(parts, {shape.pairs(), width, 2});
+    for (int64_t plane = first; plane < last; ++plane) {
+      FF_CALL(spectrum_of_parts)
+      (is_double(parts), shape, part_of(parts, plane, 0), part_of(parts, plane, 1), edge, inner,
+       spectrum.data_ptr());
+      const Tensor rows = inverted(spectrum, 0, scaling);
+      FF_CALL(spectrum_pairs)(is_double(parts), shape, rows.data_ptr(), pairs.data_ptr());
+      const Tensor y = inverted(pairs, 1, scaling);
+      FF_CALL(paired_rows)
+      (is_double(parts), shape, y.data_ptr(), static_cast<char*>(image.data_ptr()) + plane * bytes);
+    }
+  });
+  return image;
+}
+
+// Parts (B, 2, C, H, K) as an image of 2C channels.
+Image channels_of(const Tensor& parts) {
+  const int64_t size = parts.size(3) * parts.size(4), channels = 2 * parts.size(2);
+  return {parts.data_ptr(),
+          parts.size(0),
+          channels,
+          parts.size(3),
+          parts.size(4),
+          channels * size,
+          size,
+          parts.size(4),
+          1};
+}
+
+FilterView filter_of(const Tensor& kernel, const MaybeTensor& bias) {
+  const int64_t size = kernel.size(kernel.dim() - 1);
+  return {{size, size, 1, 1}, kernel.data_ptr(), data_of(bias)};
+}
+
+// Filter each channel of (B, C, H, K), with or without a bias.
+void filter(const Tensor& kernel, const MaybeTensor& bias, const Image& from, const Image& to) {
+  FF_CALL(depthwise_conv2d)
+  (type_of(kernel), from, filter_of(kernel, bias), Activation::kNone, false, to);
+}
+
+// The arguments of both operators in the precision of the kernels.
+struct Arguments {
+  Tensor x, mixing, kernel;
+  MaybeTensor mixing_bias, gain, bias;
+  Arguments(const Tensor& x, const Tensor& mixing, const Tensor& kernel,
+            const MaybeTensor& mixing_bias, const MaybeTensor& gain, const MaybeTensor& bias)
+      : x(wide(x)),
+        mixing(wide(mixing)),
+        kernel(wide(kernel)),
+        mixing_bias(wide(mixing_bias)),
+        gain(wide(gain)),
+        bias(wide(bias)) {}
+};
+
+// The gradients of the filter and of the gain from that of their product: the response without the
+// gain need not be known for it.
+struct KernelGradients {
+  Tensor kernel;
+  MaybeTensor gain;
+  KernelGradients(const Tensor& grad, const Arguments& of) : kernel(with_gain(grad, of.gain)) {
+    if (of.gain) gain = total(times(of.kernel, grad), {2, 3});
+  }
+};
+
+// The gradients of all arguments, in the operator's order: x, mixing, kernel, mixing_bias, gain,
+// bias. Those not wanted stay empty.
+using Gradients = std::array<MaybeTensor, 6>;
+enum { kX, kMixing, kKernel, kMixingBias, kGain, kBias };
+
+// Through filter and mixing to the arguments; `grad` is that of the response's parts.
+Gradients response_backward(const Tensor& grad, const Arguments& of,
+                            const std::vector<bool>& mask) {
+  Gradients found;
+  const bool of_filter = mask[kKernel] || mask[kGain];
+  const bool below = mask[kX] || mask[kMixing] || mask[kMixingBias];
+  const Tensor weight = torch::stable::contiguous(with_gain(of.kernel, of.gain));
+  MaybeTensor parts, mixed, grad_weight, grad_mixed;
+  if (of_filter || mask[kMixing]) parts = parts_of(of.x, 1, 1);
+  mixed = of_filter ? mix(of.mixing, *parts, of.mixing_bias) : grad;
+  if (of_filter) grad_weight = torch::stable::empty_like(weight);
+  if (below) grad_mixed = torch::stable::empty_like(grad);
+  FF_CALL(depthwise_conv2d_backward)
+  (type_of(grad), channels_of(grad), channels_of(*mixed), filter_of(weight, std::nullopt),
+   Activation::kNone, false,
+   {below ? channels_of(*grad_mixed) : Image{}, of_filter ? grad_weight->data_ptr() : nullptr,
+    nullptr});
+  if (of_filter) {
+    const KernelGradients gradients(*grad_weight, of);
+    found[kKernel] = gradients.kernel;
+    found[kGain] = gradients.gain;
+  }
+  if (mask[kMixing]) found[kMixing] = mixing_gradient(*grad_mixed, *parts);
+  if (mask[kMixingBias]) found[kMixingBias] = total(*grad_mixed, {0, 3, 4});
+  if (mask[kX]) {
+    // The adjoint of the transform is the inverse's: columns that stand for two are counted once.
+    const Tensor grad_parts =
+        mix(torch::stable::transpose(of.mixing, 1, 2), *grad_mixed, std::nullopt);
+    found[kX] = image_of(grad_parts, of.x.size(3), 1, 0.5, kNotScaled);
+  }
+  return found;
+}
+
+Tensor zeros_forward(const Arguments& of) {
+  const Tensor mixed = mix(of.mixing, parts_of(of.x, 1, 1), of.mixing_bias);
+  const Tensor response = torch::stable::empty_like(mixed);
+  filter(torch::stable::contiguous(with_gain(of.kernel, of.gain)), of.bias, channels_of(mixed),
+         channels_of(response));
+  return image_of(response, of.x.size(3), 1, 1, kByLength);
+}
+
+Gradients zeros_backward(const Tensor& grad, const Arguments& of, const std::vector<bool>& mask) {
+  // The adjoint of the inverse is the transform, its inner columns counted twice.
+  const double scale = 1.0 / static_cast<double>(of.x.size(2) * of.x.size(3));
+  Gradients found = response_backward(parts_of(grad, scale, 2 * scale), of, mask);
+  if (mask[kBias]) {
+    found[kBias] = empty_tensor(grad, {2, grad.size(1)});
+    FF_CALL(constant_gradients)
+    (is_double(grad), {grad.size(2), grad.size(3)}, grad.size(0), grad.size(1), grad.data_ptr(),
+     found[kBias]->data_ptr());
+  }
+  return found;
+}
+
+// -- circular: no transform -----------------------------------------------------------------------
+
+CircularShape circular_shape(const Tensor& x, int64_t channels, int64_t filter) {
+  return {x.size(0), channels, x.size(2), x.size(3), filter};
+}
+
+struct Folded {
+  Tensor parts, poison;
+};
+
+// The even and the odd part of an image in its upper half.
+Folded fold(const Tensor& x, double weight) {
+  const CircularShape shape = circular_shape(x, x.size(1), 1);
+  Folded folded{empty_tensor(x, {shape.batch, 2, shape.channels, shape.half(), shape.columns}),
+                empty_tensor(x, {shape.batch, shape.channels})};
+  FF_CALL(circular_fold)
+  (is_double(x), shape, x.data_ptr(), weight, folded.parts.data_ptr(), folded.poison.data_ptr());
+  return folded;
+}
+
+Tensor circular_forward(const Arguments& of) {
+  const Folded folded = fold(of.x, 1);
+  const Tensor mixed = mix(of.mixing, folded.parts, std::nullopt);
+  const Tensor filters = torch::stable::contiguous(with_gain(of.kernel, of.gain));
+  const CircularShape shape = circular_shape(of.x, filters.size(1), filters.size(2));
+  const Tensor y = empty_tensor(of.x, {shape.batch, shape.channels, shape.rows, shape.columns});
+  FF_CALL(circular_unfold)
+  (is_double(of.x), shape, mixed.data_ptr(), filters.data_ptr(),
+   {data_of(of.mixing_bias), data_of(of.bias)}, folded.poison.data_ptr(), of.x.size(1),
+   y.data_ptr());
+  return y;
+}
+
+// A gradient (D) of the real part's bias as one of both: the imaginary part's does nothing.
+Tensor of_real_part(const Tensor& grad) {
+  const Tensor both = empty_tensor(grad, {2, grad.size(0)});
+  Tensor real = select(both, 0, 0), imag = select(both, 0, 1);
+  torch::stable::copy_(real, grad);
+  torch::stable::zero_(imag);
+  return both;
+}
+
+Gradients circular_backward(const Tensor& grad, const Arguments& of,
+                            const std::vector<bool>& mask) {
+  Gradients found;
+  const Tensor filters = torch::stable::contiguous(with_gain(of.kernel, of.gain));
+  const CircularShape shape = circular_shape(grad, filters.size(1), filters.size(2));
+  const Tensor mixed = mix(of.mixing, fold(of.x, 1).parts, std::nullopt);
+  const Tensor grad_mixed = torch::stable::empty_like(mixed);
+  const Tensor grad_filters = torch::stable::empty_like(filters);
+  FF_CALL(circular_unfold_backward)
+  (is_double(grad), shape, grad.data_ptr(), mixed.data_ptr(), filters.data_ptr(),
+   {data_of(of.mixing_bias), nullptr}, grad_mixed.data_ptr(), grad_filters.data_ptr());
+  const KernelGradients gradients(grad_filters, of);
+  found[kKernel] = gradients.kernel;
+  found[kGain] = gradients.gain;
+  // A constant in the spectrum is an impulse at the origin.
+  const auto origin = [](const Tensor& image) {
+    return total(select(select(image, 3, 0), 2, 0), {0});
+  };
+  if (mask[kMixingBias]) found[kMixingBias] = of_real_part(origin(select(grad_mixed, 1, 0)));
+  if (mask[kBias]) found[kBias] = of_real_part(origin(grad));
+  if (mask[kMixing]) found[kMixing] = mixing_gradient(grad_mixed, fold(of.x, 2).parts);
+  if (mask[kX]) {
+    const Tensor parts = mix(torch::stable::transpose(of.mixing, 1, 2), grad_mixed, std::nullopt);
+    const CircularShape of_x = circular_shape(grad, of.x.size(1), 1);
+    Tensor ones = empty_tensor(grad, {2, of_x.channels});
+    torch::stable::fill_(ones, 1.0);
+    const Tensor grad_x = torch::stable::empty_like(of.x);
+    FF_CALL(circular_unfold)
+    (is_double(grad), of_x, parts.data_ptr(), ones.data_ptr(), {nullptr, nullptr}, nullptr, 0,
+     grad_x.data_ptr());
+    found[kX] = grad_x;
+  }
+  return found;
+}
+
+// -- the operators --------------------------------------------------------------------------------
+
+Tensor frequency_filter2d(Tensor x, Tensor mixing, Tensor kernel, MaybeTensor mixing_bias,
+                          MaybeTensor gain, MaybeTensor bias, std::string padding_mode) {
+  const Arguments of(x, mixing, kernel, mixing_bias, gain, bias);
+  const Tensor y = padding_mode == "zeros" ? zeros_forward(of) : circular_forward(of);
+  return result(y, x, true);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequency_filter2d_backward(
+    Tensor grad, Tensor x, Tensor mixing, Tensor kernel, MaybeTensor mixing_bias, MaybeTensor gain,
+    MaybeTensor bias, std::string padding_mode, std::vector<bool> mask) {
+  const Arguments of(x, mixing, kernel, mixing_bias, gain, bias);
+  const Gradients found = padding_mode == "zeros" ? zeros_backward(wide(grad), of, mask)
+                                                  : circular_backward(wide(grad), of, mask);
+  const auto wanted = [&](int index) {
+    return mask[index] ? result(*found[index], x, index == kX) : no_gradient(x);
+  };
+  return {wanted(kX),          wanted(kMixing), wanted(kKernel),
+          wanted(kMixingBias), wanted(kGain),   wanted(kBias)};
+}
+
+std::tuple<Tensor, Tensor> frequency_response2d(Tensor x, Tensor mixing, Tensor kernel,
+                                                MaybeTensor mixing_bias) {
+  const Arguments of(x, mixing, kernel, mixing_bias, std::nullopt, std::nullopt);
+  const Tensor mixed = mix(of.mixing, parts_of(of.x, 1, 1), of.mixing_bias);
+  const auto part = [&](int64_t index) {
+    const Tensor from = select(mixed, 1, index);
+    const Tensor y = empty_tensor(mixed, shape_of(from));
+    filter(select(of.kernel, 0, index), std::nullopt, image(from), image(y));
+    return result(y, x, true);
+  };
+  return {part(0), part(1)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> frequency_response2d_backward(
+    Tensor grad_real, Tensor grad_imag, Tensor x, Tensor mixing, Tensor kernel,
+    MaybeTensor mixing_bias, std::vector<bool> mask) {
+  const Arguments of(x, mixing, kernel, mixing_bias, std::nullopt, std::nullopt);
+  const Tensor grad = empty_tensor(
+      of.x, {grad_real.size(0), 2, grad_real.size(1), grad_real.size(2), grad_real.size(3)});
+  Tensor real = select(grad, 1, 0), imag = select(grad, 1, 1);
+  torch::stable::copy_(real, grad_real);
+  torch::stable::copy_(imag, grad_imag);
+  const std::vector<bool> all = {mask[0], mask[1], mask[2], mask[3], false, false};
+  const Gradients found = response_backward(grad, of, all);
+  const auto wanted = [&](int index) {
+    return mask[index] ? result(*found[index], x, index == kX) : no_gradient(x);
+  };
+  return {wanted(kX), wanted(kMixing), wanted(kKernel), wanted(kMixingBias)};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) {
+  m.def(
+      "frequency_filter2d(Tensor x, Tensor mixing, Tensor kernel, Tensor? "
+      "mixing_bias,"
+      " Tensor? gain, Tensor? bias, str padding_mode) -> Tensor");
+  m.def(
+      "frequency_filter2d_backward(Tensor grad_0, Tensor x, Tensor mixing, "
+      "Tensor kernel,"
+      " Tensor? mixing_bias, Tensor? gain, Tensor? bias, str padding_mode, "
+      "bool[] mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "frequency_response2d(Tensor x, Tensor mixing, Tensor kernel, Tensor? "
+      "mixing_bias)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "frequency_response2d_backward(Tensor grad_0, Tensor grad_1, Tensor x, "
+      "Tensor mixing,"
+      " Tensor kernel, Tensor? mixing_bias, bool[] mask) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastfusion_cpu, CPU, m) {
+  m.impl("frequency_filter2d", TORCH_BOX(&frequency_filter2d));
+  m.impl("frequency_filter2d_backward", TORCH_BOX(&frequency_filter2d_backward));
+  m.impl("frequency_response2d", TORCH_BOX(&frequency_response2d));
+  m.impl("frequency_response2d_backward", TORCH_BOX(&frequency_response2d_backward));
+}
+
+}  // namespace
+}  // namespace fastfusion
