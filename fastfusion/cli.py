@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastfusion", description="Hyperspectral image fusion.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_fuse(commands)
+    _add_train(commands)
     _add_evaluate(commands)
     info = commands.add_parser("info", help="what is installed, compiled and loadable here")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -138,6 +139,45 @@ def _add_fuse(commands: Any) -> None:
     method.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     _add_sensors(fuse)
     _add_progress(fuse)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train LSO or CoFusion on scenes",
+        description="Train by a recipe. Writes the best model so far to FOLDER/model.safetensors "
+        "(for fuse --method lso --option weights=...), the state to FOLDER/last.safetensors, and "
+        "FOLDER/log.csv. Several processes work together under torchrun.",
+        epilog="torchrun --nproc-per-node 2 -m fastfusion train ... trains in two processes.",
+    )
+    train.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME",
+        help="a recipe: lso-cave, lso-cave-regression, cofusion-cave, cofusion-pavia, or a .json",
+    )
+    train.add_argument("--out", required=True, metavar="FOLDER", help="made where not there")
+    train.add_argument("--scenes", nargs="+", metavar="NAME[@r0:r1,c0:c1]", help="to train on")
+    train.add_argument("--validation", nargs="+", metavar="NAME[@r0:r1,c0:c1]")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="another field of the recipe, such as batch=4; may be repeated",
+    )
+    train.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the model, such as width=32; may be repeated",
+    )
+    train.add_argument("--minutes", type=float, metavar="N", help="time limit")
+    train.add_argument("--resume", action="store_true", help="go on where FOLDER stopped")
+    train.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    train.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
+    _add_progress(train)
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import dataclasses
 import json
 import math
 import platform
@@ -51,7 +52,7 @@ from fastfusion.fusing import METHODS, check_pair
 from fastfusion.metrics import CONVENTIONS
 from fastfusion.models.base import FusionModel
 
-__all__ = ["evaluate", "fuse", "info"]
+__all__ = ["evaluate", "fuse", "info", "train"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -374,6 +375,37 @@ def _scene_and_scales(text: str) -> list[tuple[str, int | None]]:
 def _write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
+# train
+# ------------------------------------------------------------------------------------------------
+
+
+def train(asked: argparse.Namespace) -> None:
+    """Train a model by a recipe."""
+    from fastfusion.training import read_recipe
+    from fastfusion.training import train as run_training
+
+    changes = _options(asked.set)
+    for name in ("scenes", "validation"):
+        if getattr(asked, name) is not None:
+            changes[name] = getattr(asked, name)
+    recipe = read_recipe(asked.config, **changes)
+    if asked.option:
+        recipe = dataclasses.replace(recipe, options={**recipe.options, **_options(asked.option)})
+    best = run_training(
+        recipe,
+        asked.out,
+        minutes=asked.minutes,
+        resume=asked.resume,
+        device=asked.device,
+        tensorboard=asked.tensorboard,
+        progress=asked.progress,
+    )
+    figures = [form.format(best[name]) for name, form in _FORMS.items() if name in best]
+    print(", ".join([f"best of {recipe.model} after {best['epoch']} epochs", *figures]))
+    print(f"wrote {Path(asked.out) / 'model.safetensors'}")
 
 
 # ------------------------------------------------------------------------------------------------

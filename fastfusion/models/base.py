@@ -106,18 +106,8 @@ class FusionModel(nn.Module):
             OSError: what the file system says (no folder, no permission, no space left).
             ImportError: safetensors is not installed.
         """
-        safetensors = need("safetensors.torch", extra="train", purpose="saving a model")
-        metadata = {
-            "model": type(self).__name__,
-            "config": json.dumps(self.config),
-            "fastfusion": __version__,
-        }
-        tensors = {
-            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
-        }
-        metadata["sha256"] = _digest(metadata, tensors)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(safetensors.save(tensors, metadata))
+        metadata = {"model": type(self).__name__, "config": json.dumps(self.config)}
+        write_checkpoint(path, metadata, self.state_dict())
 
     @classmethod
     def load(
@@ -133,7 +123,7 @@ class FusionModel(nn.Module):
             OSError: the file cannot be read.
             ImportError: safetensors is not installed.
         """
-        metadata, tensors = _read(Path(path))
+        metadata, tensors = read_checkpoint(Path(path))
         kind = _MODELS.get(metadata["model"])
         if kind is None:
             raise ValueError(
@@ -143,7 +133,7 @@ class FusionModel(nn.Module):
         if not issubclass(kind, cls):
             raise ValueError(f"{path} holds the model {kind.__name__}, not {cls.__name__}")
         model = kind._from_config(json.loads(metadata["config"]), f"{path}")
-        _check_weights(model, tensors, f"{path}")
+        check_weights(model, tensors, f"{path}")
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval()
 
@@ -252,8 +242,28 @@ def _padded(image: Tensor) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a checkpoint that is complete and unchanged."""
+def write_checkpoint(
+    path: str | os.PathLike[str], metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write a safetensors file with a digest of all that is in it, whole or not at all.
+
+    Raises:
+        OSError: what the file system says. ImportError: safetensors is not installed.
+    """
+    safetensors = need("safetensors.torch", extra="train", purpose="saving a model")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {**metadata, "fastfusion": __version__}
+    metadata["sha256"] = _digest(metadata, tensors)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(safetensors.save(tensors, metadata))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a checkpoint that is complete and unchanged.
+
+    Raises:
+        ValueError: it is not, or no checkpoint. OSError: the file cannot be read.
+    """
     need("safetensors", extra="train", purpose="loading a model")
     import safetensors.torch
 
@@ -282,7 +292,7 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     expected = model.state_dict()
     for what, names in (
         ("lacks", expected.keys() - tensors.keys()),

@@ -1,0 +1,719 @@
+"""Training: recipes, patches drawn on the fly, and a loop that can be stopped and resumed anywhere.
+
+All that is random in a step is drawn from the recipe's seed and the step's number, so that no state
+of a generator has to be kept: a resumed training draws what an uninterrupted one would, and
+processes that share the work draw the same batch and take their parts of it.
+
+The folder of a training holds ``model.safetensors``, the best model so far (for
+`fastfusion.fuse`), ``last.safetensors``, all that resuming needs, ``log.csv`` and ``recipe.json``.
+Each is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastfusion import metrics, models
+from fastfusion._optional import need
+from fastfusion.data.atomic import atomic_path
+from fastfusion.data.scenes import load_scene
+from fastfusion.data.sensors import Degradation
+from fastfusion.evaluation import Case, case_of, csv_table
+from fastfusion.losses import CoFusionLoss
+from fastfusion.models.base import ResidualModel, check_weights, read_checkpoint, write_checkpoint
+from fastfusion.models.regression import regression
+from fastfusion.ops import checks
+
+__all__ = ["RECIPES", "Recipe", "Sample", "Training", "read_recipe", "samples_of", "train"]
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {"l1": nn.L1Loss, "cofusion": CoFusionLoss}
+SCHEDULES = ("step", "cosine")
+#: Share of a training in which the learning rate of the cosine schedule rises.
+RISE = 0.02
+
+
+# ------------------------------------------------------------------------------------------------
+# Recipes
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained on what, and how.
+
+    Attributes:
+        model: ``"LSO"`` or ``"CoFusion"``. options: of its constructor.
+        scenes: to train on, names or files for `fastfusion.data.load_scene`; ``@r0:r1,c0:c1``
+            after a name takes these rows and columns alone. validation: the same, never trained on.
+        scale: see `fastfusion.models.FusionModel`.
+        psf: blur and sampling that degrade the scenes: ``gaussian`` (LSO's: sigma half a
+            low-resolution pixel), ``gaussian:SIGMA`` or ``block``.
+        loss: ``"l1"`` or ``"cofusion"`` (`fastfusion.losses.CoFusionLoss`).
+        epochs: at most. steps: of an epoch; 0 for as many as batches tile the scenes.
+        patch: rows and columns of the patches, of the result. batch: patches of each process and
+            step. accumulate: batches whose gradients are added up to one step.
+        learning_rate, weight_decay: of AdamW. schedule: ``"step"`` (times ``decay`` after every
+            ``decay_every`` epochs) or ``"cosine"`` (a short rise, then down to 0 when the steps or
+            the time are over).
+        flips: mirror and turn the patches at random.
+        clip: largest norm of the gradient, 0 for none. ema: decay of the moving average of the
+            weights that is validated and kept, 0 for none. bfloat16: compute in it where it is
+            safe (autocast).
+        validate_every: epochs. patience: validations without a better one after which to stop, 0
+            for never.
+        seed: of all that is random.
+    """
+
+    model: str = "LSO"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scenes: Sequence[str] = ()
+    validation: Sequence[str] = ()
+    scale: int = 4
+    psf: str = "gaussian"
+    loss: str = "l1"
+    epochs: int = 1000
+    steps: int = 0
+    patch: int = 64
+    batch: int = 16
+    accumulate: int = 1
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    schedule: str = "step"
+    decay: float = 0.6
+    decay_every: int = 300
+    flips: bool = False
+    clip: float = 0.0
+    ema: float = 0.0
+    bfloat16: bool = False
+    validate_every: int = 1
+    patience: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks.choice("model", self.model, ("LSO", "CoFusion"))
+        checks.choice("loss", self.loss, tuple(LOSSES))
+        checks.choice("schedule", self.schedule, SCHEDULES)
+        for name in ("scenes", "validation"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: expected a list of names, got one text")
+        if not isinstance(self.options, Mapping):
+            raise TypeError(f"options: expected names and values, got {self.options!r}")
+        at_least_1 = ("scale", "epochs", "patch", "batch", "accumulate", "decay_every")
+        for name in (*at_least_1, "validate_every"):
+            checks.integer(name, getattr(self, name), low=1)
+        for name in ("steps", "patience", "seed"):
+            checks.integer(name, getattr(self, name), low=0)
+        for name in ("flips", "bfloat16"):
+            checks.flag(name, getattr(self, name))
+        for name in ("learning_rate", "weight_decay", "decay", "clip", "ema"):
+            if checks.number(name, getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.ema >= 1:
+            raise ValueError(f"ema must be below 1, got {self.ema}")
+        if self.patch % self.scale:
+            raise ValueError(
+                f"patch must be a multiple of the scale {self.scale}, got {self.patch}"
+            )
+        degradation_named(self.psf, self.scale)
+
+
+def degradation_named(kind: str, scale: int) -> Degradation:
+    """The blur and sampling that a recipe's ``psf`` names."""
+    name, _, sigma = kind.partition(":")
+    if name == "gaussian":
+        with contextlib.suppress(ValueError):
+            return Degradation.gaussian(scale, float(sigma) if sigma else None)
+    if kind == "block":
+        return Degradation.block(scale)
+    raise ValueError(f"psf: expected gaussian, gaussian:SIGMA or block, got {kind!r}")
+
+
+_CAVE_TRAINING = tuple(
+    f"cave:{name}"
+    for name in (
+        "balloons",
+        "chart_and_stuffed_toy",
+        "cloth",
+        "face",
+        "fake_and_real_food",
+        "feathers",
+        "flowers",
+        "glass_tiles",
+    )
+)
+_CAVE_VALIDATION = ("cave:sponges", "cave:stuffed_toys")
+_LSO_CAVE = Recipe(scenes=_CAVE_TRAINING, validation=_CAVE_VALIDATION)
+# What is known of CoFusion's training: the habits of its author's other work.
+_COFUSION = Recipe(
+    model="CoFusion",
+    loss="cofusion",
+    epochs=300,
+    patch=128,
+    batch=8,
+    learning_rate=4e-4,
+    decay=0.1,
+    decay_every=200,
+)
+
+#: The papers' recipes, and one that starts from the closed form; docs/training.md tells more.
+RECIPES: dict[str, Recipe] = {
+    "lso-cave": _LSO_CAVE,
+    "cofusion-cave": dataclasses.replace(
+        _COFUSION, scenes=_CAVE_TRAINING, validation=_CAVE_VALIDATION
+    ),
+    # 103 and 4 bands, as Pavia University; its scenes must be named.
+    "cofusion-pavia": _COFUSION,
+}
+
+
+def read_recipe(name: str | os.PathLike[str], **changes: Any) -> Recipe:
+    """A recipe by its name in `RECIPES`, or from a JSON file with the fields of `Recipe`.
+
+    Args:
+        name: of the recipe or the file.
+        changes: fields that shall be others.
+
+    Raises:
+        TypeError, ValueError: a field is unknown or not as `Recipe` says; no recipe of that name.
+        OSError: the file cannot be read.
+
+    >>> read_recipe("lso-cave", batch=4).batch
+    4
+    """
+    if os.fspath(name) in RECIPES:
+        fields = _fields(RECIPES[os.fspath(name)])
+    elif not Path(name).suffix:
+        raise ValueError(
+            f"config: expected a .json file or one of {', '.join(RECIPES)}, got {name}"
+        )
+    else:
+        try:
+            fields = json.loads(Path(name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{name} is no JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{name}: expected an object with a recipe's fields")
+    fields |= changes
+    known = [known.name for known in dataclasses.fields(Recipe)]
+    for unknown in fields.keys() - set(known):
+        raise ValueError(f"a recipe has no {unknown!r}; it has {', '.join(known)}")
+    return Recipe(**fields)
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    """As JSON gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Scenes and patches
+# ------------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A scene as it is trained on: ``(G, h, w)``, ``(g, H, W)``, and ``(G, H, W)`` twice."""
+
+    lr_hsi: Tensor
+    hr_msi: Tensor
+    reference: Tensor
+    prior: Tensor | None
+
+
+def samples_of(recipe: Recipe, names: Sequence[str]) -> list[Sample]:
+    """Read scenes once, degrade them, and compute their priors where the model takes the closed
+    form.
+
+    Raises:
+        ValueError: a scene has no reference or is not known. OSError: it cannot be read.
+    """
+    closed_form = recipe.options.get("prior") == "regression"
+    samples = []
+    for name in names:
+        case = _case(recipe, name)
+        assert case.reference is not None
+        prior = None
+        if closed_form:
+            prior = regression(case.lr_hsi, case.hr_msi, srf=case.srf, psf=case.degradation)
+        samples.append(Sample(case.lr_hsi, case.hr_msi, case.reference, prior))
+    return samples
+
+
+def _case(recipe: Recipe, name: str) -> Case:
+    found = re.fullmatch(r"(.+)@(\d+):(\d+),(\d+):(\d+)", name)
+    if "@" in name and not found:
+        raise ValueError(f"{name}: expected NAME@r0:r1,c0:c1")
+    scene = load_scene(found[1] if found else name)
+    if scene.reference is None:
+        raise ValueError(f"{name} has no reference to train on")
+    if found:
+        top, bottom, left, right = map(int, found.groups()[1:])
+        for kind in ("reference", "hr_msi"):
+            cube = getattr(scene, kind)
+            if cube is not None:
+                part = dataclasses.replace(cube, data=cube.data[:, top:bottom, left:right])
+                scene = dataclasses.replace(scene, **{kind: part})
+    return case_of(scene, recipe.scale, degradation=degradation_named(recipe.psf, recipe.scale))
+
+
+def draw(
+    samples: Sequence[Sample], recipe: Recipe, step: int, count: int, part: slice
+) -> Iterator[Sample]:
+    """The patches ``part`` of the ``count`` that a step takes, on the grid of the HSI's pixels.
+
+    A patch is one of the whole degraded scene: beyond its edges the blur has seen its neighbours.
+    """
+    generator = torch.Generator().manual_seed(_seed(recipe.seed, step))
+    # Scenes by their area, so that every pixel is drawn alike.
+    areas = torch.tensor([float(sample.lr_hsi[0].numel()) for sample in samples])
+    scenes = torch.multinomial(areas, count, replacement=True, generator=generator)
+    where = torch.rand(count, 2, generator=generator)
+    flips = torch.rand(count, 3, generator=generator) < (0.5 if recipe.flips else 0)
+    for index in range(count)[part]:
+        sample = samples[int(scenes[index])]
+        side = recipe.patch // recipe.scale
+        rows, columns = sample.lr_hsi.shape[1:]
+        turns = flips[index].tolist()
+        top = int(where[index, 0] * (rows - side + 1))
+        left = int(where[index, 1] * (columns - side + 1))
+        scale = recipe.scale
+        lr_hsi, hr_msi, reference, prior = (
+            None if image is None else _turned(_cut(image, top, left, side, finer), turns)
+            for image, finer in zip(sample, (1, scale, scale, scale), strict=True)
+        )
+        assert lr_hsi is not None and hr_msi is not None and reference is not None
+        yield Sample(lr_hsi, hr_msi, reference, prior)
+
+
+def _cut(image: Tensor, top: int, left: int, side: int, times: int) -> Tensor:
+    rows = slice(times * top, times * (top + side))
+    columns = slice(times * left, times * (left + side))
+    return image[:, rows, columns]
+
+
+def _turned(image: Tensor, turns: Sequence[bool]) -> Tensor:
+    down, across, transposed = turns
+    image = image.flip([dim for dim, turn in ((1, down), (2, across)) if turn])
+    return image.transpose(1, 2) if transposed else image
+
+
+def _seed(*numbers: int) -> int:
+    """One seed of several numbers, none of which shows in the other's stream."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def stacked(patches: Sequence[Sample], device: torch.device) -> Sample:
+    """A batch: each of the four with a first dimension more."""
+    lr_hsi, hr_msi, reference = (
+        torch.stack(images).to(device) for images in list(zip(*patches, strict=True))[:3]
+    )
+    priors = [patch.prior for patch in patches if patch.prior is not None]
+    return Sample(lr_hsi, hr_msi, reference, torch.stack(priors).to(device) if priors else None)
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------
+
+
+def train(
+    recipe: Recipe,
+    folder: str | os.PathLike[str],
+    *,
+    minutes: float | None = None,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    tensorboard: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Train by a recipe; under ``torchrun``, in all its processes together.
+
+    Args:
+        recipe: what and how; see `RECIPES` and `read_recipe`.
+        folder: for the model, the state, the log and the recipe; made where it is not there.
+        minutes: time limit, of all sessions of this training together.
+        resume: go on from ``last.safetensors`` in the folder, which the same recipe wrote; start
+            where there is none yet. On a CPU with as many threads the result is, bit by bit, that
+            of a training that was never stopped (without ``minutes``).
+        device: ``"cpu"``, ``"cuda"``; under ``torchrun`` each process takes its own.
+        tensorboard: log for TensorBoard too.
+        progress: show a bar with losses, the validation's PSNR and the time left.
+
+    Returns:
+        the best row of the log: ``epoch``, ``step``, ``seconds``, ``learning_rate``, ``loss``,
+        and with validation scenes ``psnr``, ``sam``, ``ergas``, their mean over the scenes.
+
+    Raises:
+        TypeError, ValueError: the recipe's scenes do not fit together or the model; the folder
+            holds another training, or a damaged one.
+        RuntimeError: the gradient is not finite any more; the folder keeps the last good state.
+        OSError: a file cannot be read or written.
+        ImportError: safetensors, tqdm, torchmetrics or tensorboard is not installed.
+    """
+    if not recipe.scenes:
+        raise ValueError("scenes: expected names of scenes to train on, got none")
+    if minutes is not None and not checks.number("minutes", minutes) > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes}")
+    need("safetensors", extra="train", purpose="training")
+    need("torchmetrics", extra="train", purpose="training")
+    folder = Path(folder)
+    with _processes(device) as (rank, count, place):
+        folder.mkdir(parents=True, exist_ok=True)
+        last = folder / "last.safetensors"
+        if last.exists() and not resume:
+            raise ValueError(f"{folder} holds a training already: resume it or name another folder")
+        training = Training(
+            model_for(recipe, samples := samples_of(recipe, recipe.scenes)).to(place),
+            recipe,
+            samples,
+            samples_of(recipe, recipe.validation),
+            minutes=minutes,
+            rank=rank,
+            processes=count,
+        )
+        if last.exists():
+            training.load(last)
+        with _Log(folder, recipe, rank == 0, tensorboard, progress) as log:
+            training.run(log.show, log.keep)
+        return training.best
+
+
+def model_for(recipe: Recipe, samples: Sequence[Sample]) -> ResidualModel:
+    """The recipe's model, drawn from its seed, for the samples' bands.
+
+    Raises:
+        TypeError, ValueError: the samples differ in their bands or are smaller than a patch; an
+            option is not the model's.
+    """
+    bands = {(len(sample.lr_hsi), len(sample.hr_msi)) for sample in samples}
+    if len(bands) != 1:
+        raise ValueError(f"scenes: expected the same bands in all, got {sorted(bands)}")
+    for sample in samples:
+        rows, columns = sample.hr_msi.shape[1:]
+        if min(rows, columns) < recipe.patch:
+            raise ValueError(
+                f"patch: expected at most the scenes' {rows} x {columns}, got {recipe.patch}"
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return getattr(models, recipe.model)(*bands.pop(), recipe.scale, **recipe.options)
+
+
+class Training:
+    """A training that goes on: model, optimiser, moving average, and how far it is.
+
+    Args:
+        model: to train, in place; on the device to train on.
+        recipe: see `Recipe`. samples, validation: see `samples_of`.
+        minutes: time limit.
+        rank, processes: which process this is, of how many; torch's process group is there where
+            they are several.
+    """
+
+    def __init__(
+        self,
+        model: ResidualModel,
+        recipe: Recipe,
+        samples: Sequence[Sample],
+        validation: Sequence[Sample],
+        *,
+        minutes: float | None = None,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.model, self.recipe = model, recipe
+        self.samples, self.validation = samples, validation
+        self.limit = math.inf if minutes is None else 60 * minutes
+        self.rank, self.processes = rank, processes
+        self.device = next(model.parameters()).device
+        self.loss = LOSSES[recipe.loss]()
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        self.average = (
+            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+            if recipe.ema
+            else None
+        )
+        self.parallel: nn.Module = DistributedDataParallel(model) if processes > 1 else model
+        self.count = recipe.batch * recipe.accumulate * processes  # patches of a step
+        pixels = sum(sample.reference[0].numel() for sample in samples)
+        self.steps = recipe.steps or max(1, round(pixels / (self.count * recipe.patch**2)))
+        self.epoch, self.seconds = 0, 0.0
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the history with the highest PSNR, or the last one without validation."""
+        return max(self.history, key=lambda row: row.get("psnr", row["epoch"]), default={})
+
+    @property
+    def trained(self) -> ResidualModel:
+        """What is validated and kept: the moving average where there is one."""
+        if self.average is None:
+            return self.model
+        assert isinstance(self.average.module, ResidualModel)
+        return self.average.module
+
+    # -- running -------------------------------------------------------------------------------
+
+    def run(
+        self,
+        show: Callable[[float, dict[str, float]], None],
+        keep: Callable[[Training, bool], None],
+    ) -> None:
+        """Train until an end is reached.
+
+        Args:
+            show: called at each step with the share of the training that is done, and figures.
+            keep: called when there is a new row in the history, with whether it is the best.
+        """
+        begun = time.monotonic() - self.seconds
+        while not self._ends():
+            losses = []
+            for step in range(self.epoch * self.steps, (self.epoch + 1) * self.steps):
+                losses.append(self._step(step))
+                self.seconds = self._agreed(time.monotonic() - begun)
+                show(self._done(step + 1), {"loss": sum(losses) / len(losses)})
+                if self.seconds >= self.limit:
+                    break
+            self.epoch += 1
+            if self.epoch % self.recipe.validate_every and not self._ends():
+                continue
+            row = {
+                "epoch": self.epoch,
+                "step": step + 1,
+                "seconds": round(self.seconds, 1),
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "loss": sum(losses) / len(losses),
+                **self._validated(),
+            }
+            self.history.append(row)
+            keep(self, self.best is row)
+
+    def _ends(self) -> bool:
+        since_best = len(self.history) - 1 - self.history.index(self.best) if self.history else 0
+        return (
+            self.epoch >= self.recipe.epochs
+            or self.seconds >= self.limit
+            or 0 < self.recipe.patience <= since_best
+        )
+
+    def _done(self, step: int) -> float:
+        """Share of the training that is done before a step."""
+        return min(1.0, max(step / (self.steps * self.recipe.epochs), self.seconds / self.limit))
+
+    def _learning_rate(self, step: int) -> float:
+        recipe = self.recipe
+        if recipe.schedule == "step":
+            return recipe.learning_rate * recipe.decay ** (self.epoch // recipe.decay_every)
+        done = self._done(step)
+        return recipe.learning_rate * min(1, done / RISE, (1 + math.cos(math.pi * done)) / 2)
+
+    def _step(self, step: int) -> float:
+        """One step of the optimiser; its mean loss."""
+        recipe, total = self.recipe, 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(_seed(recipe.seed, step, self.rank))  # of the model's dropout
+        self.parallel.train()
+        for micro in range(recipe.accumulate):
+            start = (self.rank * recipe.accumulate + micro) * recipe.batch
+            part = slice(start, start + recipe.batch)
+            batch = stacked([*draw(self.samples, recipe, step, self.count, part)], self.device)
+            last = micro == recipe.accumulate - 1
+            with contextlib.ExitStack() as stack:
+                if not last and isinstance(self.parallel, DistributedDataParallel):
+                    stack.enter_context(self.parallel.no_sync())
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bfloat16):
+                    fused = self.parallel(batch.lr_hsi, batch.hr_msi, batch.prior)
+                loss = self.loss(fused.float(), batch.reference) / recipe.accumulate
+                loss.backward()
+            total += loss.item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip or math.inf)
+        total = self._mean(total)
+        # Both are the same in all processes, so that all of them stop. The gradient does not tell
+        # by itself: that of an absolute value is finite at NaN.
+        if not (math.isfinite(total) and torch.isfinite(norm)):
+            raise RuntimeError(
+                f"the loss became {total:g} and its gradient {norm.item():g} at step {step}; the "
+                f"last good state is kept. Try a learning_rate lower than "
+                f"{recipe.learning_rate:g}, or clip=1"
+            )
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return total
+
+    @torch.no_grad()
+    def _validated(self) -> dict[str, float]:
+        """Means over the validation scenes, whole and clamped to [0, 1]."""
+        if not self.validation:
+            return {}
+        model = self.trained.eval()
+        figures = []
+        for sample in self.validation:
+            one = stacked([sample], self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
+                fused = model(one.lr_hsi, one.hr_msi, one.prior)
+            pair = fused.float().clamp(0, 1), one.reference
+            ergas = metrics.ergas(*pair, ratio=self.recipe.scale)
+            figures.append(torch.stack([metrics.psnr(*pair), metrics.sam(*pair), ergas]))
+        mean = torch.stack(figures).mean(0)
+        # Rounding may differ from process to process; what ends a training must not.
+        if self.processes > 1:
+            dist.broadcast(mean, 0)
+        return dict(zip(("psnr", "sam", "ergas"), mean.tolist(), strict=True))
+
+    def _mean(self, value: float) -> float:
+        """Over the processes."""
+        if self.processes == 1:
+            return value
+        mean = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(mean)
+        return mean.item() / self.processes
+
+    def _agreed(self, seconds: float) -> float:
+        """The time of the first process, where a time limit makes it matter."""
+        if self.processes == 1 or math.isinf(self.limit):
+            return seconds
+        time_of_first = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        dist.broadcast(time_of_first, 0)
+        return time_of_first.item()
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all that resuming needs to one safetensors file, whole or not at all."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"ema.{name}": v for name, v in self.average.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        progress = {"epoch": self.epoch, "seconds": self.seconds, "history": self.history}
+        metadata = {
+            "model": type(self.model).__name__,
+            "config": json.dumps(self.model.config),
+            "recipe": json.dumps(_fields(self.recipe)),
+            "progress": json.dumps(progress),
+        }
+        write_checkpoint(path, metadata, tensors)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or of another recipe. OSError: it cannot be read.
+        """
+        metadata, tensors = read_checkpoint(Path(path))
+        if "recipe" not in metadata or "progress" not in metadata:
+            raise ValueError(f"{path} is no state of a training, but a model")
+        theirs, ours = json.loads(metadata["recipe"]), _fields(self.recipe)
+        if differing := [name for name in ours if ours[name] != theirs.get(name)]:
+            said = ", ".join(f"{n} {theirs.get(n)!r} instead of {ours[n]!r}" for n in differing)
+            raise ValueError(f"{path} is of another recipe: {said}")
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        check_weights(self.model, parts["model"], f"{path}")
+        self.model.load_state_dict(parts["model"])
+        if self.average is not None:
+            self.average.load_state_dict(parts["ema"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, rest = name.partition(".")
+            state.setdefault(int(index), {})[rest] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        progress = json.loads(metadata["progress"])
+        self.epoch, self.seconds = progress["epoch"], progress["seconds"]
+        self.history = progress["history"]
+
+
+class _Log:
+    """What a training shows and writes while it runs; nothing where it is not the first process."""
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, first: bool, tensorboard: bool, progress: bool
+    ) -> None:
+        self.folder, self.recipe, self.first = folder, recipe, first
+        self.bar: Any = None
+        self.board: Any = None
+        if first and progress:
+            tqdm = need("tqdm.auto", extra="train", purpose="a progress bar").tqdm
+            form = "{desc} {percentage:3.1f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+            self.bar = tqdm(total=1.0, desc=recipe.model, bar_format=form)
+        if first and tensorboard:
+            board = need("torch.utils.tensorboard", extra="train", purpose="--tensorboard")
+            self.board = board.SummaryWriter(folder / "tensorboard")
+
+    def __enter__(self) -> _Log:
+        if self.first:
+            text = json.dumps(_fields(self.recipe), indent=2, ensure_ascii=False)
+            _write_text(self.folder / "recipe.json", text + "\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for display in (self.bar, self.board):
+            if display is not None:
+                display.close()
+
+    def show(self, done: float, figures: Mapping[str, float]) -> None:
+        if self.bar is not None:
+            self.figures = {**getattr(self, "figures", {}), **figures}
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in self.figures.items()}, refresh=False)
+            self.bar.update(done - self.bar.n)
+
+    def keep(self, training: Training, best: bool) -> None:
+        if not self.first:
+            return
+        # The state last: what it says was written is there, and what comes after it comes again.
+        if best:
+            training.trained.save(self.folder / "model.safetensors")
+        training.save(self.folder / "last.safetensors")
+        _write_text(self.folder / "log.csv", csv_table(training.history))
+        row = training.history[-1]
+        self.show(training._done(row["step"]), {k: row[k] for k in ("psnr",) if k in row})
+        if self.board is not None:
+            for name in row.keys() - {"epoch", "step", "seconds"}:
+                self.board.add_scalar(name, row[name], row["step"])
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _processes(device: str | torch.device) -> Iterator[tuple[int, int, torch.device]]:
+    """Rank, number of processes and device, with torch's process group where there are several."""
+    place, count = torch.device(device), int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield 0, 1, place
+        return
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), count, place
+    finally:
+        dist.destroy_process_group()
