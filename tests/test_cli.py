@@ -522,3 +522,46 @@ def test_as_a_module():
         [sys.executable, "-m", "fastfusion", "--help"], capture_output=True, text=True, check=True
     )
     assert "fuse" in done.stdout and "evaluate" in done.stdout and "info" in done.stdout
+
+
+# -- train -----------------------------------------------------------------------------------------
+
+
+def test_train_on_the_demo_scene(capsys, tmp_path):
+    pytest.importorskip("safetensors")
+    options = ["width=8", "heads=2", "tokens=2", "basis=3", "guide_width=8", "guide_blocks=1"]
+    command = [
+        "train",
+        "--config",
+        "lso-cave",
+        "--scenes",
+        "demo",
+        "--validation",
+        "demo@0:32,0:64",
+    ]
+    command += [part for option in options for part in ("--option", option)]
+    for change in ("epochs=1", "steps=1", "patch=16", "batch=1"):
+        command += ["--set", change]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "best of LSO after 1 epochs, PSNR" in said and "model.safetensors" in said
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert "holds a training already: resume it" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path), "--resume"]) == 0
+    fuse = ["fuse", "--scene", "demo", "--scale", "4", "--method", "lso"]
+    assert main([*fuse, "--option", f"weights={tmp_path / 'model.safetensors'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nothing"], "config: expected a .json file or one of lso-cave"),
+        (["--config", "cofusion-pavia"], "scenes: expected names of scenes to train on"),
+        (["--config", "lso-cave", "--set", "colour=1"], "a recipe has no 'colour'"),
+        (["--config", "lso-cave", "--scenes", "demo", "--option", "colour=1"], "colour"),
+        (["--config", "lso-cave", "--minutes", "0"], "minutes must be above 0"),
+    ],
+)
+def test_train_with_bad_usage(capsys, tmp_path, arguments, message):
+    assert main(["train", *arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
