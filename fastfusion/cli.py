@@ -154,7 +154,7 @@ def _add_train(commands: Any) -> None:
         "--config",
         required=True,
         metavar="NAME",
-        help="a recipe: lso-cave, cofusion-cave, cofusion-pavia, or a .json",
+        help="a recipe: lso-cave, lso-cave-regression, cofusion-cave, cofusion-pavia, or a .json",
     )
     train.add_argument("--out", required=True, metavar="FOLDER", help="made where not there")
     train.add_argument("--scenes", nargs="+", metavar="NAME[@r0:r1,c0:c1]", help="to train on")

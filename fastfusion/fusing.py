@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -52,8 +53,10 @@ def fuse(
             by one peak); ``H = scale * h`` and ``W = scale * w``.
         method: ``"regression"`` (a closed form, about a second a scene), ``"fsrvl"`` (a network
             that is fitted to this pair alone, minutes) or ``"bicubic"`` (no fusion, to compare
-            with). ``"lso"`` and ``"cofusion"`` are networks trained beforehand: they need
-            ``weights=``, a file written by their ``save``.
+            with). ``"lso"`` and ``"cofusion"`` are networks: trained beforehand, with
+            ``weights=``, a file of `fastfusion.training.train`; or else trained on this pair,
+            degraded once more by its own sensors, for ``minutes=`` at most; where that gains
+            nothing over the regression, the regression is the result, with a warning.
         srf: ``(g, G)``, the multispectral sensor's response; by default estimated from the pair.
         psf: the hyperspectral sensor's point spread function, 2-D with sum 1, or a `Degradation`,
             which tells its sampling offset and boundary too; by default estimated from the pair.
@@ -61,7 +64,8 @@ def fuse(
         device: where to compute; by default where ``lr_hsi`` is.
         progress: show a bar with the time left where a method takes long.
         options: of the method: those of `fastfusion.models.regression.regression`; those of
-            `fastfusion.models.FSRVL` and of its ``fit``; ``weights`` of a trained network.
+            `fastfusion.models.FSRVL` and of its ``fit``; ``weights`` of a trained network, or those
+            of `fastfusion.training.train_on_pair`.
 
     Returns:
         ``(G, H, W)`` or ``(B, G, H, W)``: a tensor or an array as ``lr_hsi`` is one, of its dtype
@@ -135,7 +139,7 @@ def _fsrvl(
     return torch.cat(fused)
 
 
-def _trained(
+def _network(
     kind: str,
     lr_hsi: Tensor,
     hr_msi: Tensor,
@@ -144,23 +148,40 @@ def _trained(
     psf: Tensor | Degradation | None,
     progress: bool,
     weights: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Apply a network that was trained beforehand, on the prior that it was trained on."""
+    """Apply a network: one trained beforehand, or one that is trained on each pair itself."""
     from fastfusion import models
     from fastfusion.models.regression import regression
 
-    if weights is None:
-        raise Unavailable(
-            f"method {kind.lower()!r} needs trained weights, which this version does not bring: "
-            f"name a file of {kind}.save as weights=, or take a method that needs no training"
-        )
-    model = getattr(models, kind).load(weights, device=lr_hsi.device)
     low, high = lr_hsi.float(), hr_msi.float()
+    if weights is None:
+        return torch.cat(
+            [
+                _self_trained(kind, *pair, srf=srf, psf=psf, progress=progress, **options)
+                for pair in zip(low.split(1), high.split(1), strict=True)
+            ]
+        )
+    if options:
+        raise TypeError(f"{', '.join(options)}: options of the training do not go with weights")
+    model = getattr(models, kind).load(weights, device=lr_hsi.device)
     prior = None
     if model.prior == "regression":
         prior = regression(low, high, srf=srf, psf=psf)
     with torch.no_grad():
         return model(low, high, prior).clamp(0, 1)
+
+
+def _self_trained(kind: str, lr_hsi: Tensor, hr_msi: Tensor, **options: Any) -> Tensor:
+    from fastfusion.training import train_on_pair
+
+    trained = train_on_pair(kind, lr_hsi, hr_msi, **options)
+    if trained.model is None:
+        # Never worse than what it starts from, and never in silence.
+        warnings.warn(f"the result is that of regression: {trained.stopped}", stacklevel=4)
+        return trained.prior
+    with torch.no_grad():
+        return trained.model(lr_hsi, hr_msi, trained.prior).clamp(0, 1)
 
 
 def _bicubic(
@@ -179,8 +200,8 @@ def _bicubic(
 METHODS: dict[str, Callable[..., Tensor]] = {
     "regression": _regression,
     "fsrvl": _fsrvl,
-    "lso": functools.partial(_trained, "LSO"),
-    "cofusion": functools.partial(_trained, "CoFusion"),
+    "lso": functools.partial(_network, "LSO"),
+    "cofusion": functools.partial(_network, "CoFusion"),
     "bicubic": _bicubic,
 }
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastfusion.metrics import ssim
 
-__all__ = ["CoFusionLoss", "FSRVLLoss"]
+__all__ = ["CoFusionLoss", "FSRVLLoss", "PSNRLoss"]
 
 
 class CoFusionLoss(nn.Module):
@@ -104,6 +104,45 @@ class FSRVLLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}"
+
+
+class PSNRLoss(nn.Module):
+    """What PSNR counts: mean over images and bands of ``log(mean square error + floor)``.
+
+    Every band of every image weighs alike, however dark it is or however well it is known already;
+    an absolute or square error is ruled by the few that are worst.
+
+    Args:
+        floor: square error below which nothing is to be gained, 70 dB by default.
+
+    Shape:
+        ``fused``, ``reference``: ``(B, G, H, W)``; the loss has no dimensions.
+
+    Raises:
+        ValueError: ``floor`` is not above 0; the cubes differ in shape.
+
+    >>> import torch
+    >>> reference = torch.zeros(1, 3, 4, 4)
+    >>> round(PSNRLoss()(reference + 0.1, reference).item(), 3)
+    -4.605
+    """
+
+    def __init__(self, floor: float = 1e-7) -> None:
+        super().__init__()
+        if not floor > 0:
+            raise ValueError(f"floor: expected a number above 0, got {floor}")
+        self.floor = floor
+
+    def forward(self, fused: Tensor, reference: Tensor) -> Tensor:
+        if fused.shape != reference.shape:
+            raise ValueError(
+                f"fused: expected the shape of reference, {tuple(reference.shape)}, "
+                f"got {tuple(fused.shape)}"
+            )
+        return ((fused - reference).square().mean((-2, -1)) + self.floor).log().mean()
+
+    def extra_repr(self) -> str:
+        return f"floor={self.floor}"
 
 
 def _mean_error(image: Tensor, estimate: Tensor) -> Tensor:

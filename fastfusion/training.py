@@ -12,6 +12,7 @@ Each is written whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -20,30 +21,46 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from fastfusion import metrics, models
 from fastfusion._optional import need
 from fastfusion.data.atomic import atomic_path
 from fastfusion.data.scenes import load_scene
-from fastfusion.data.sensors import Degradation
+from fastfusion.data.sensors import Degradation, apply_srf, read_srf, wald
 from fastfusion.evaluation import Case, case_of, csv_table
-from fastfusion.losses import CoFusionLoss
+from fastfusion.losses import CoFusionLoss, PSNRLoss
 from fastfusion.models.base import ResidualModel, check_weights, read_checkpoint, write_checkpoint
-from fastfusion.models.regression import regression
+from fastfusion.models.regression import RegressionModel, regression
 from fastfusion.ops import checks
 
-__all__ = ["RECIPES", "Recipe", "Sample", "Training", "read_recipe", "samples_of", "train"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "Sample",
+    "SelfTrained",
+    "Training",
+    "read_recipe",
+    "samples_of",
+    "train",
+    "train_on_pair",
+]
 
-LOSSES: dict[str, Callable[[], nn.Module]] = {"l1": nn.L1Loss, "cofusion": CoFusionLoss}
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "l1": nn.L1Loss,
+    "cofusion": CoFusionLoss,
+    "psnr": PSNRLoss,
+}
 SCHEDULES = ("step", "cosine")
 #: Share of a training in which the learning rate of the cosine schedule rises.
 RISE = 0.02
@@ -65,14 +82,17 @@ class Recipe:
         scale: see `fastfusion.models.FusionModel`.
         psf: blur and sampling that degrade the scenes: ``gaussian`` (LSO's: sigma half a
             low-resolution pixel), ``gaussian:SIGMA`` or ``block``.
-        loss: ``"l1"`` or ``"cofusion"`` (`fastfusion.losses.CoFusionLoss`).
+        srf: file of the response that makes the MSI (see `fastfusion.data.read_srf`); by default
+            the scene's own, or `fastfusion.evaluation.broad_bands`.
+        loss: ``"l1"``, or ``"cofusion"`` or ``"psnr"`` (of `fastfusion.losses`).
         epochs: at most. steps: of an epoch; 0 for as many as batches tile the scenes.
         patch: rows and columns of the patches, of the result. batch: patches of each process and
             step. accumulate: batches whose gradients are added up to one step.
         learning_rate, weight_decay: of AdamW. schedule: ``"step"`` (times ``decay`` after every
             ``decay_every`` epochs) or ``"cosine"`` (a short rise, then down to 0 when the steps or
             the time are over).
-        flips: mirror and turn the patches at random.
+        flips: mirror and turn the patches at random. recoloured: copies of every scene with its
+            spectra shifted, stretched and shaded at random, as other scenes to train on.
         clip: largest norm of the gradient, 0 for none. ema: decay of the moving average of the
             weights that is validated and kept, 0 for none. bfloat16: compute in it where it is
             safe (autocast).
@@ -87,6 +107,7 @@ class Recipe:
     validation: Sequence[str] = ()
     scale: int = 4
     psf: str = "gaussian"
+    srf: str | None = None
     loss: str = "l1"
     epochs: int = 1000
     steps: int = 0
@@ -99,6 +120,7 @@ class Recipe:
     decay: float = 0.6
     decay_every: int = 300
     flips: bool = False
+    recoloured: int = 0
     clip: float = 0.0
     ema: float = 0.0
     bfloat16: bool = False
@@ -118,7 +140,7 @@ class Recipe:
         at_least_1 = ("scale", "epochs", "patch", "batch", "accumulate", "decay_every")
         for name in (*at_least_1, "validate_every"):
             checks.integer(name, getattr(self, name), low=1)
-        for name in ("steps", "patience", "seed"):
+        for name in ("steps", "recoloured", "patience", "seed"):
             checks.integer(name, getattr(self, name), low=0)
         for name in ("flips", "bfloat16"):
             checks.flag(name, getattr(self, name))
@@ -178,6 +200,20 @@ RECIPES: dict[str, Recipe] = {
     "cofusion-cave": dataclasses.replace(
         _COFUSION, scenes=_CAVE_TRAINING, validation=_CAVE_VALIDATION
     ),
+    # A training that fits into the time that --minutes gives it.
+    "lso-cave-regression": dataclasses.replace(
+        _LSO_CAVE,
+        options={"prior": "regression", "width": 32, "guide_width": 48, "guide_blocks": 3},
+        loss="psnr",
+        steps=250,
+        batch=8,
+        learning_rate=1e-3,
+        schedule="cosine",
+        flips=True,
+        recoloured=2,
+        clip=1.0,
+        ema=0.998,
+    ),
     # 103 and 4 bands, as Pavia University; its scenes must be named.
     "cofusion-pavia": _COFUSION,
 }
@@ -236,17 +272,21 @@ class Sample(NamedTuple):
     prior: Tensor | None
 
 
-def samples_of(recipe: Recipe, names: Sequence[str]) -> list[Sample]:
+def samples_of(recipe: Recipe, names: Sequence[str], recoloured: int = 0) -> list[Sample]:
     """Read scenes once, degrade them, and compute their priors where the model takes the closed
-    form.
+    form; after each, so many recoloured ones.
 
     Raises:
         ValueError: a scene has no reference or is not known. OSError: it cannot be read.
     """
-    closed_form = recipe.options.get("prior") == "regression"
-    samples = []
+    cases = []
+    generator = torch.Generator().manual_seed(_seed(recipe.seed))
     for name in names:
         case = _case(recipe, name)
+        cases += [case, *(_recoloured(case, generator) for _ in range(recoloured))]
+    closed_form = recipe.options.get("prior") == "regression"
+    samples = []
+    for case in cases:
         assert case.reference is not None
         prior = None
         if closed_form:
@@ -269,7 +309,37 @@ def _case(recipe: Recipe, name: str) -> Case:
             if cube is not None:
                 part = dataclasses.replace(cube, data=cube.data[:, top:bottom, left:right])
                 scene = dataclasses.replace(scene, **{kind: part})
-    return case_of(scene, recipe.scale, degradation=degradation_named(recipe.psf, recipe.scale))
+    srf = None
+    if recipe.srf is not None:
+        assert scene.reference is not None
+        srf = read_srf(recipe.srf, scene.reference.wavelengths).float()
+    degradation = degradation_named(recipe.psf, recipe.scale)
+    return case_of(scene, recipe.scale, srf=srf, degradation=degradation)
+
+
+def _recoloured(case: Case, generator: torch.Generator) -> Case:
+    """The same scene with other colours: its spectra shifted and stretched along the wavelengths,
+    or turned about, and multiplied by a smooth curve.
+
+    A network trained on few scenes learns which colours go with which spectra in these, and errs
+    elsewhere. Where colours are made up, only what holds for all of them helps.
+    """
+    if case.srf is None or case.reference is None or case.degradation is None:
+        raise ValueError(f"recoloured: {case.name} has an MSI that was acquired; expected 0")
+    bands = len(case.reference)
+    stretch, shift, turned = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    last = bands - 1
+    stretch = 0.75 + 0.25 * stretch
+    position = last * ((1 - stretch) * shift + stretch * torch.linspace(0, 1, bands).double())
+    if turned < 0.35:
+        position = position.flip(0)
+    bends = 0.4 * torch.randn(1, 1, 6, generator=generator, dtype=torch.float64)
+    shading = F.interpolate(bends, bands, mode="linear", align_corners=True)[0, 0].exp()
+    mixing = (1 - (position[:, None] - torch.arange(bands)).abs()).clamp_min(0) * shading[:, None]
+    reference = apply_srf(case.reference, mixing)
+    reference /= reference.max().clamp_min(1)
+    lr_hsi, hr_msi = wald(reference, case.degradation, case.srf)
+    return dataclasses.replace(case, lr_hsi=lr_hsi, hr_msi=hr_msi, reference=reference)
 
 
 def draw(
@@ -378,8 +448,9 @@ def train(
         last = folder / "last.safetensors"
         if last.exists() and not resume:
             raise ValueError(f"{folder} holds a training already: resume it or name another folder")
+        samples = samples_of(recipe, recipe.scenes, recipe.recoloured)
         training = Training(
-            model_for(recipe, samples := samples_of(recipe, recipe.scenes)).to(place),
+            model_for(recipe, samples).to(place),
             recipe,
             samples,
             samples_of(recipe, recipe.validation),
@@ -412,7 +483,11 @@ def model_for(recipe: Recipe, samples: Sequence[Sample]) -> ResidualModel:
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return getattr(models, recipe.model)(*bands.pop(), recipe.scale, **recipe.options)
+        model = getattr(models, recipe.model)(*bands.pop(), recipe.scale, **recipe.options)
+    known = [(one.prior, one.hr_msi, one.reference) for one in samples if one.prior is not None]
+    if known:
+        model.fit_units(known)
+    return model
 
 
 class Training:
@@ -447,9 +522,7 @@ class Training:
             model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         self.average = (
-            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
-            if recipe.ema
-            else None
+            AveragedModel(model, avg_fn=partial(_averaged, recipe.ema)) if recipe.ema else None
         )
         self.parallel: nn.Module = DistributedDataParallel(model) if processes > 1 else model
         self.count = recipe.batch * recipe.accumulate * processes  # patches of a step
@@ -490,7 +563,7 @@ class Training:
             for step in range(self.epoch * self.steps, (self.epoch + 1) * self.steps):
                 losses.append(self._step(step))
                 self.seconds = self._agreed(time.monotonic() - begun)
-                show(self._done(step + 1), {"loss": sum(losses) / len(losses)})
+                show(self.done(step + 1), {"loss": sum(losses) / len(losses)})
                 if self.seconds >= self.limit:
                     break
             self.epoch += 1
@@ -515,7 +588,7 @@ class Training:
             or 0 < self.recipe.patience <= since_best
         )
 
-    def _done(self, step: int) -> float:
+    def done(self, step: int) -> float:
         """Share of the training that is done before a step."""
         return min(1.0, max(step / (self.steps * self.recipe.epochs), self.seconds / self.limit))
 
@@ -523,7 +596,7 @@ class Training:
         recipe = self.recipe
         if recipe.schedule == "step":
             return recipe.learning_rate * recipe.decay ** (self.epoch // recipe.decay_every)
-        done = self._done(step)
+        done = self.done(step)
         return recipe.learning_rate * min(1, done / RISE, (1 + math.cos(math.pi * done)) / 2)
 
     def _step(self, step: int) -> float:
@@ -648,6 +721,11 @@ class Training:
         self.history = progress["history"]
 
 
+def _averaged(decay: float, average: Tensor, weights: Tensor, count: Tensor | int) -> Tensor:
+    """The moving average after one more step; it forgets the first steps sooner."""
+    return average.lerp(weights, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+
 class _Log:
     """What a training shows and writes while it runs; nothing where it is not the first process."""
 
@@ -655,32 +733,23 @@ class _Log:
         self, folder: Path, recipe: Recipe, first: bool, tensorboard: bool, progress: bool
     ) -> None:
         self.folder, self.recipe, self.first = folder, recipe, first
-        self.bar: Any = None
+        self.tensorboard, self.progress = first and tensorboard, first and progress
         self.board: Any = None
-        if first and progress:
-            tqdm = need("tqdm.auto", extra="train", purpose="a progress bar").tqdm
-            form = "{desc} {percentage:3.1f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-            self.bar = tqdm(total=1.0, desc=recipe.model, bar_format=form)
-        if first and tensorboard:
-            board = need("torch.utils.tensorboard", extra="train", purpose="--tensorboard")
-            self.board = board.SummaryWriter(folder / "tensorboard")
 
     def __enter__(self) -> _Log:
+        self.stack = contextlib.ExitStack()
+        self.show = self.stack.enter_context(_bar(self.recipe.model, self.progress))
+        if self.tensorboard:
+            board = need("torch.utils.tensorboard", extra="train", purpose="--tensorboard")
+            self.board = board.SummaryWriter(self.folder / "tensorboard")
+            self.stack.callback(self.board.close)
         if self.first:
             text = json.dumps(_fields(self.recipe), indent=2, ensure_ascii=False)
             _write_text(self.folder / "recipe.json", text + "\n")
         return self
 
     def __exit__(self, *_: object) -> None:
-        for display in (self.bar, self.board):
-            if display is not None:
-                display.close()
-
-    def show(self, done: float, figures: Mapping[str, float]) -> None:
-        if self.bar is not None:
-            self.figures = {**getattr(self, "figures", {}), **figures}
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in self.figures.items()}, refresh=False)
-            self.bar.update(done - self.bar.n)
+        self.stack.close()
 
     def keep(self, training: Training, best: bool) -> None:
         if not self.first:
@@ -691,10 +760,29 @@ class _Log:
         training.save(self.folder / "last.safetensors")
         _write_text(self.folder / "log.csv", csv_table(training.history))
         row = training.history[-1]
-        self.show(training._done(row["step"]), {k: row[k] for k in ("psnr",) if k in row})
+        self.show(training.done(row["step"]), {k: row[k] for k in ("psnr",) if k in row})
         if self.board is not None:
             for name in row.keys() - {"epoch", "step", "seconds"}:
                 self.board.add_scalar(name, row[name], row["step"])
+
+
+@contextlib.contextmanager
+def _bar(name: str, wanted: bool) -> Iterator[Callable[[float, Mapping[str, float]], None]]:
+    """A bar with the share that is done, the time left and the latest figures."""
+    if not wanted:
+        yield lambda done, figures: None
+        return
+    tqdm = need("tqdm.auto", extra="train", purpose="a progress bar").tqdm
+    form = "{desc} {percentage:3.1f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+    latest: dict[str, str] = {}
+    with tqdm(total=1.0, desc=name, bar_format=form) as bar:
+
+        def show(done: float, figures: Mapping[str, float]) -> None:
+            latest.update({name: f"{value:.4g}" for name, value in figures.items()})
+            bar.set_postfix(latest, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -717,3 +805,141 @@ def _processes(device: str | torch.device) -> Iterator[tuple[int, int, torch.dev
         yield dist.get_rank(), count, place
     finally:
         dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------
+# On the scene itself
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SelfTrained:
+    """What `train_on_pair` gives: a model for the pair, and what it gained.
+
+    Attributes:
+        model: in evaluation mode; None where training gained nothing over the prior.
+        prior: of the pair at full resolution, ``(1, G, H, W)``.
+        gain: in dB over the prior, on a part of the HSI that was kept from training.
+        stopped: why there is no model, or None.
+    """
+
+    model: ResidualModel | None
+    prior: Tensor
+    gain: float
+    stopped: str | None = None
+
+
+#: How a network is trained on one pair: it must fit into minutes.
+SELF_TRAINING = Recipe(
+    epochs=200,
+    steps=25,
+    patch=32,
+    batch=8,
+    loss="psnr",
+    learning_rate=1e-3,
+    schedule="cosine",
+    clip=1.0,
+    patience=20,
+)
+#: Options of the models for it, where the user names no others.
+SMALL: dict[str, dict[str, Any]] = {
+    "LSO": {"width": 32, "guide_width": 32, "guide_blocks": 2},
+    "CoFusion": {"width": 32, "depths": (1, 1, 1)},
+}
+#: Share of the HSI, at one end of its longer side, that such a training is judged by.
+HELD_OUT = 0.25
+
+
+def train_on_pair(
+    kind: str,
+    lr_hsi: Tensor,
+    hr_msi: Tensor,
+    *,
+    srf: Tensor | None = None,
+    psf: Tensor | Degradation | None = None,
+    minutes: float = 5.0,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> SelfTrained:
+    """Train a network on the pair that it shall fuse, without any reference.
+
+    The pair is degraded once more by its own sensors, and the network learns to correct the closed
+    form (`fastfusion.models.regression`) of that pair towards the HSI. It starts at the closed form
+    and is judged on a quarter of the HSI that it is not trained on; where it gains nothing there,
+    there is no model, and the closed form is the result.
+
+    Args:
+        kind: ``"LSO"`` or ``"CoFusion"``.
+        lr_hsi: ``(1, G, h, w)``, in [0, 1]. hr_msi: ``(1, g, H, W)``.
+        srf, psf: as in `regression`; estimated where None.
+        minutes: time limit. seed: of all that is random.
+        progress: show a bar with the gain and the time left.
+        options: of the model; small ones by default.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        RuntimeError: the loss is not finite any more.
+    """
+    if not checks.number("minutes", minutes) > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes}")
+    scale = hr_msi.shape[-1] // lr_hsi.shape[-1]
+    options = {**SMALL[kind], **options}
+    with torch.device("meta"):  # wrong options cost no time
+        getattr(models, kind)(
+            lr_hsi.shape[1], hr_msi.shape[1], scale, prior="regression", **options
+        )
+    fitted = RegressionModel.fit(lr_hsi[0], hr_msi[0], srf=srf, psf=psf)
+    prior = fitted.apply(lr_hsi[0], hr_msi[0]).clamp_(0, 1)[None]
+
+    rows, columns = (side // scale for side in lr_hsi.shape[-2:])  # of the pair degraded once more
+    cut = round((1 - HELD_OUT) * max(rows, columns))
+    patch = min(SELF_TRAINING.patch // scale, cut, rows, columns)
+    if patch * scale < 8 or cut == max(rows, columns):
+        size = " x ".join(map(str, lr_hsi.shape[-2:]))
+        return SelfTrained(None, prior, 0.0, f"an HSI of {size} pixels is too small to learn from")
+    target = lr_hsi[0, :, : rows * scale, : columns * scale]
+    low_msi = fitted.degradation(hr_msi)[0, :, : rows * scale, : columns * scale]
+    low_hsi = fitted.degradation(target)
+    low_prior = regression(low_hsi, low_msi, srf=fitted.srf.to(lr_hsi), psf=fitted.degradation)
+    pair = Sample(low_hsi, low_msi, target, low_prior)
+    training, judging = _divided(pair, scale, cut, dim=1 if rows >= columns else 2)
+
+    recipe = dataclasses.replace(
+        SELF_TRAINING,
+        model=kind,
+        scale=scale,
+        patch=patch * scale,
+        seed=seed,
+        options={**options, "prior": "regression"},
+    )
+    model = model_for(recipe, [training]).to(lr_hsi.device)
+    trainer = Training(model, recipe, [training], [judging], minutes=minutes)
+    assert judging.prior is not None
+    start = metrics.psnr(judging.prior[None], judging.reference[None]).item()
+    best: ResidualModel | None = None
+    best_gain = 0.0
+    with _bar(kind, progress) as show:
+
+        def keep(trainer: Training, is_best: bool) -> None:
+            nonlocal best, best_gain
+            gain = trainer.history[-1]["psnr"] - start
+            show(trainer.done(trainer.history[-1]["step"]), {"gain": max(gain, best_gain)})
+            if gain > best_gain:
+                best, best_gain = copy.deepcopy(trainer.trained), gain
+
+        trainer.run(show, keep)
+    if best is None:
+        return SelfTrained(None, prior, 0.0, "training gained nothing over the closed form")
+    return SelfTrained(best.eval(), prior, best_gain)
+
+
+def _divided(pair: Sample, scale: int, cut: int, dim: int) -> tuple[Sample, Sample]:
+    """The part before ``cut`` pixels of the coarse image along a side, and the part after it."""
+    parts: list[list[Tensor]] = [[], []]
+    for image, finer in zip(pair, (1, scale, scale, scale), strict=True):
+        assert image is not None
+        length = image.shape[dim]
+        parts[0].append(image.narrow(dim, 0, finer * cut))
+        parts[1].append(image.narrow(dim, finer * cut, length - finer * cut))
+    return Sample(*parts[0]), Sample(*parts[1])

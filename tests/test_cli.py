@@ -244,7 +244,10 @@ def test_one_of_several_arrays(files, capsys):
         (["fuse", "--scene", "reference.npy", "--psf", "gaussian:-1"], "SIGMA above 0"),
         ([*PAIR, "--out", "x.npy", "--scale", "8"], "the MSI is 4 times finer"),
         ([*PAIR, "--out", "x.npy", "--method", "magic"], "invalid choice: 'magic'"),
-        ([*PAIR, "--out", "x.npy", "--method", "lso"], "needs trained weights"),
+        (
+            [*PAIR, "--out", "x.npy", "--method", "lso", "--option", "minutes=0"],
+            "minutes must be above 0",
+        ),
         ([*PAIR, "--out", "x.npy", "--backend", "warp"], "invalid choice: 'warp'"),
         ([*PAIR, "--out", "x.npy", "--device", "toaster"], "device: expected"),
         ([*PAIR, "--out", "x.npy", "--option", "local"], "expected NAME=VALUE"),

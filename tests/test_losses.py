@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from fastfusion.losses import CoFusionLoss
+from fastfusion import metrics
+from fastfusion.losses import CoFusionLoss, PSNRLoss
 
 
 def test_cofusion_loss_is_l1_and_a_tenth_of_what_ssim_lacks():
@@ -31,6 +32,17 @@ def test_cofusion_loss_trains():
         loss(fused, reference).backward()
         optimiser.step()
     assert loss(fused, reference).item() < 0.2 * first
+
+
+def test_psnr_loss_is_psnr():
+    fused, reference = torch.rand(2, 1, 5, 20, 16, dtype=torch.float64)
+    in_db = -10 * PSNRLoss(floor=1e-30)(fused, reference) / torch.log(torch.tensor(10.0))
+    torch.testing.assert_close(in_db, metrics.psnr(fused, reference), check_dtype=False)
+    assert PSNRLoss()(fused, fused).isfinite()
+    with pytest.raises(ValueError, match="fused: expected the shape of reference"):
+        PSNRLoss()(fused, reference[..., :6])
+    with pytest.raises(ValueError, match=r"floor: .* got 0"):
+        PSNRLoss(floor=0)
 
 
 def test_bad_input():

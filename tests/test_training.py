@@ -10,13 +10,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from fastfusion import training
+from fastfusion.data import Degradation, demo_scene, wald
+from fastfusion.evaluation import broad_bands
 from fastfusion.models import LSO, FusionModel
 from fastfusion.models.base import read_checkpoint
+from fastfusion.models.regression import regression
 from fastfusion.training import (
     RECIPES,
     Recipe,
@@ -26,6 +31,7 @@ from fastfusion.training import (
     read_recipe,
     samples_of,
     train,
+    train_on_pair,
 )
 
 pytest.importorskip("safetensors")
@@ -133,6 +139,51 @@ def test_patches_of_the_images_belong_together(recipe):
     assert all(torch.equal(a.lr_hsi, b.lr_hsi) for a, b in zip(part, patches[10:12], strict=True))
 
 
+def test_recoloured_scenes(recipe):
+    recipe = dataclasses.replace(recipe, seed=1)
+    one, *others = samples_of(recipe, recipe.scenes, recoloured=2)
+    (alone,) = samples_of(recipe, recipe.scenes)
+    assert torch.equal(one.reference, alone.reference) and len(others) == 2
+    degradation = Degradation.gaussian(4)
+    for other in others:
+        assert not torch.allclose(other.reference, one.reference, atol=0.01)
+        assert other.reference.min() >= 0 and other.reference.max() <= 1
+        torch.testing.assert_close(other.lr_hsi, degradation(other.reference))
+    again = samples_of(recipe, recipe.scenes, recoloured=2)
+    assert all(torch.equal(a.hr_msi, b.hr_msi) for a, b in zip(again, [one, *others], strict=True))
+
+
+def test_units_make_what_the_network_sees_and_says_alike():
+    errors = torch.randn(2, 6, 16, 16) * torch.tensor([0.01, 0.02])[:, None, None, None]
+    scenes = [(torch.rand(6, 16, 16), torch.rand(2, 16, 16))] * 2
+    model = LSO(6, 2, 4, **TINY, prior="regression")
+    known = [(p, m, p + error) for (p, m), error in zip(scenes, errors, strict=True)]
+    model.fit_units(known)
+    prior = scenes[0][0] - model.hsi_mean
+    seen = (model.hsi_axes @ prior.flatten(1))[:, ::16]
+    torch.testing.assert_close(seen @ seen.T / 16, torch.eye(6), atol=0.01, rtol=0)
+    covariance = model.error_axes @ model.error_axes.T
+    assert 0.01**2 < covariance.trace() / 6 < 0.02**2
+
+
+def test_cofusion_on_103_and_4_bands(scenes, tmp_path):
+    np.save(tmp_path / "srf.npy", np.repeat(np.eye(4), [26, 26, 26, 25], axis=1))
+    recipe = read_recipe(
+        "cofusion-pavia",
+        scenes=["pavia@0:32,0:48"],
+        validation=["pavia@32:48,0:48"],
+        srf=str(tmp_path / "srf.npy"),
+        options={"width": 8, "depths": [1, 1, 1]},
+        patch=16,
+        batch=1,
+        epochs=1,
+        steps=1,
+    )
+    assert train(recipe, tmp_path / "out")["psnr"] > 0
+    model = FusionModel.load(tmp_path / "out" / "model.safetensors")
+    assert (model.hsi_bands, model.msi_bands) == (103, 4)
+
+
 def test_the_closed_form_is_computed_once_as_a_prior(recipe):
     recipe = dataclasses.replace(recipe, options={**TINY, "prior": "regression"})
     (sample,) = samples_of(recipe, recipe.scenes)
@@ -202,10 +253,10 @@ def test_resumed_to_the_bit(recipe, tmp_path, changes):
     first = Training(model_for(recipe, samples), recipe, samples, samples)
     (tmp_path / "parts").mkdir()
 
-    def keep(training, best):
-        training.trained.save(tmp_path / "parts" / "model.safetensors")
-        training.save(tmp_path / "parts" / "last.safetensors")
-        if training.epoch == 2:
+    def keep(one, best):
+        one.trained.save(tmp_path / "parts" / "model.safetensors")
+        one.save(tmp_path / "parts" / "last.safetensors")
+        if one.epoch == 2:
             raise Stop
 
     with pytest.raises(Stop):
@@ -258,11 +309,11 @@ def test_nan_keeps_the_last_good_state(recipe, cube, tmp_path):
     train(dataclasses.replace(recipe, epochs=2), tmp_path)
     before = (tmp_path / "last.safetensors").read_bytes()
     (sample,) = samples = samples_of(recipe, recipe.scenes)
-    training = Training(model_for(recipe, samples), recipe, samples, [])
+    failing = Training(model_for(recipe, samples), recipe, samples, [])
     sample.reference[0, :, :] = torch.nan
     with pytest.raises(RuntimeError, match=r"the loss became nan .* at step 0"):
-        training.run(lambda *_: None, lambda *_: None)
-    assert all(value.isfinite().all() for value in training.model.state_dict().values())
+        failing.run(lambda *_: None, lambda *_: None)
+    assert all(value.isfinite().all() for value in failing.model.state_dict().values())
     diverging = dataclasses.replace(recipe, epochs=2, learning_rate=1e30)
     with pytest.raises(RuntimeError, match=r"learning_rate lower than 1e\+30"):
         train(diverging, tmp_path / "diverging")
@@ -322,3 +373,46 @@ def test_checkpoints_that_do_not_do(recipe, tmp_path):
     last.write_bytes(model.read_bytes())
     with pytest.raises(ValueError, match="no state of a training"):
         train(recipe, tmp_path, resume=True)
+
+
+# -- on the scene itself ---------------------------------------------------------------------------
+
+
+def demo_pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    cube = demo_scene()
+    srf = broad_bands(cube)
+    reference = torch.from_numpy(cube.data[None, :, :128, :128])
+    return *wald(reference, Degradation.gaussian(4), srf), srf
+
+
+def test_trained_on_the_pair_itself():
+    """The model that did best on the part kept from training is the result."""
+    lr_hsi, hr_msi, srf = demo_pair()
+    sensors = {"srf": srf, "psf": Degradation.gaussian(4)}
+    short = dataclasses.replace(training.SELF_TRAINING, epochs=3, steps=2)
+    judged, seen = iter([60.0, 80.0, 70.0]), []
+
+    def validated(one: Training) -> dict[str, float]:
+        (sample,) = one.validation
+        assert sample.reference.shape == (31, 8, 32) and sample.hr_msi.shape[1:] == (8, 32)
+        seen.append({name: value.clone() for name, value in one.model.state_dict().items()})
+        return {"psnr": next(judged)}
+
+    with (
+        mock.patch.object(training, "SELF_TRAINING", short),
+        mock.patch.object(Training, "_validated", validated),
+    ):
+        trained = train_on_pair("LSO", lr_hsi, hr_msi, **sensors, **TINY)
+    assert trained.model is not None and trained.stopped is None
+    assert 20 < trained.gain < 60
+    assert_equal(trained.model.state_dict(), seen[1])
+    torch.testing.assert_close(trained.prior, regression(lr_hsi, hr_msi, **sensors))
+
+
+def test_no_gain_no_model():
+    lr_hsi, hr_msi, srf = demo_pair()
+    idle = dataclasses.replace(training.SELF_TRAINING, epochs=1, steps=1, learning_rate=0.0)
+    with mock.patch.object(training, "SELF_TRAINING", idle):
+        trained = train_on_pair("LSO", lr_hsi, hr_msi, srf=srf, **TINY)
+    assert trained.model is None and trained.gain == 0
+    assert trained.stopped == "training gained nothing over the closed form"

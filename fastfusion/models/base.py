@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +17,14 @@ from torch.nn import functional as F
 from fastfusion._optional import need
 from fastfusion._version import __version__
 from fastfusion.data.atomic import atomic_path
+from fastfusion.data.sensors import apply_srf
 from fastfusion.models.regression import regression
 from fastfusion.ops import checks
 
 PRIORS = ("bicubic", "regression")
+#: About the size of the closed form's errors, and so the unit of a correction to it: in a unit of
+#: 1 the first steps of training would each move the image by more than there is to gain.
+UNIT = 0.01
 
 _MODELS: dict[str, type[FusionModel]] = {}  # by the name that a checkpoint holds
 
@@ -164,12 +168,20 @@ class ResidualModel(FusionModel, abstract=True):
     The prior is what the network sees as the hyperspectral image at full resolution, and what its
     output is added to. ``"bicubic"`` is the papers' choice; with ``"regression"`` it is the closed
     form of `fastfusion.models.regression` and the last layer starts at 0, so that an untrained
-    model gives the prior. A subclass has a :meth:`correction` and calls :meth:`start_from_prior`
-    when its layers are made.
+    model gives the prior. What the network then sees and says is in units that :meth:`fit_units`
+    takes from training data, since bands are much alike and errors small: principal components of
+    the spectra, and of the errors that the closed form makes. A subclass has a :meth:`correction`
+    and calls :meth:`start_from_prior` when its layers are made.
 
     Images are padded at the bottom and right to multiples of 4, by repeating the last row and
     column, and the result is cropped: three levels, each half as large, fit any size.
     """
+
+    hsi_mean: Tensor
+    hsi_axes: Tensor
+    msi_mean: Tensor
+    msi_axes: Tensor
+    error_axes: Tensor
 
     def __init__(
         self, hsi_bands: int, msi_bands: int, scale: int, *, prior: str = "bicubic"
@@ -177,6 +189,11 @@ class ResidualModel(FusionModel, abstract=True):
         super().__init__(hsi_bands, msi_bands, scale)
         checks.choice("prior", prior, PRIORS)
         self.prior = prior
+        if prior == "regression":
+            for name, bands in (("hsi", hsi_bands), ("msi", msi_bands)):
+                self.register_buffer(f"{name}_mean", torch.zeros(bands, 1, 1))
+                self.register_buffer(f"{name}_axes", torch.eye(bands))
+            self.register_buffer("error_axes", UNIT * torch.eye(hsi_bands))
 
     def start_from_prior(self, last: nn.Conv2d) -> None:
         """Let the last layer give 0 where the prior is already good."""
@@ -184,6 +201,31 @@ class ResidualModel(FusionModel, abstract=True):
             nn.init.zeros_(last.weight)
             if last.bias is not None:
                 nn.init.zeros_(last.bias)
+
+    @torch.no_grad()
+    def fit_units(self, scenes: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Take the units of what the network sees and says from training data.
+
+        Args:
+            scenes: prior ``(G, H, W)``, MSI ``(g, H, W)`` and reference ``(G, H, W)`` of each.
+        """
+        priors, msis, references = zip(*scenes, strict=True)
+        for name, images in (("hsi", priors), ("msi", msis)):
+            pixels = torch.cat([image.flatten(1)[:, ::16] for image in images], dim=1).double()
+            mean = pixels.mean(1, keepdim=True)
+            variances, axes = _principal(pixels - mean)
+            # The last components are noise, which is not to be seen as large as the first.
+            scaled = axes / (variances + 1e-5 * variances[0]).sqrt().clamp_min(1e-6)
+            getattr(self, f"{name}_mean").copy_(mean[..., None])
+            getattr(self, f"{name}_axes").copy_(scaled.T)
+        errors = [
+            (reference - prior).flatten(1)[:, ::16].double()
+            for reference, prior in zip(references, priors, strict=True)
+        ]
+        sizes = torch.stack([error.square().mean().sqrt() for error in errors]).clamp_min(1e-6)
+        alike = torch.cat([error / size for error, size in zip(errors, sizes, strict=True)], dim=1)
+        variances, axes = _principal(alike)
+        self.error_axes.copy_(sizes.mean() * axes * variances.sqrt())
 
     def prior_image(self, lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
         """The image ``(B, G, H, W)`` that the network corrects; no gradient flows through it.
@@ -224,8 +266,18 @@ class ResidualModel(FusionModel, abstract=True):
                 "prior", prior, shape, shape="(B, G, H, W)", like=lr_hsi, like_name="lr_hsi"
             )
         rows, columns = shape[-2:]
-        correction = self.correction(_padded(prior), _padded(hr_msi))
-        return prior + correction[..., :rows, :columns]
+        if self.prior != "regression":
+            return prior + self.correction(_padded(prior), _padded(hr_msi))[..., :rows, :columns]
+        seen = apply_srf(prior - self.hsi_mean, self.hsi_axes)
+        seen_msi = apply_srf(hr_msi - self.msi_mean, self.msi_axes)
+        correction = self.correction(_padded(seen), _padded(seen_msi))[..., :rows, :columns]
+        return prior + apply_srf(correction, self.error_axes)
+
+
+def _principal(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances of ``(G, n)`` along their principal axes, largest first, and these ``(G, G)``."""
+    variances, axes = torch.linalg.eigh(pixels @ pixels.T / pixels.shape[1])
+    return variances.flip(0).clamp_min(0), axes.flip(1)
 
 
 @torch.no_grad()
