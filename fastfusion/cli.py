@@ -134,6 +134,13 @@ def _add_fuse(commands: Any) -> None:
         help="an option of the method, such as local=False; may be repeated",
     )
     method.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="time limit for what is trained on the pair: fsrvl, and lso and cofusion without "
+        "weights",
+    )
+    method.add_argument(
         "--backend", choices=_BACKENDS, default="auto", help="by default %(default)s"
     )
     method.add_argument("--device", help="cpu, cuda, cuda:1, ...")

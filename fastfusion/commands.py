@@ -63,7 +63,7 @@ __all__ = ["evaluate", "fuse", "info", "train"]
 def fuse(asked: argparse.Namespace) -> None:
     """Fuse two files or a scene; write the cube, its figures and a picture."""
     _check_usage(asked)
-    options = _options(asked.option)
+    options = _fusing_options(asked)
     clock = _Clock()
     cubes: dict[str, Cube] = {}
     if asked.scene is not None:
@@ -177,7 +177,7 @@ def _record(
     return {
         "fastfusion": __version__,
         "method": asked.method,
-        "options": _options(asked.option),
+        "options": _fusing_options(asked),
         "inputs": inputs,
         "lr_hsi": case.lr_hsi.shape,
         "hr_msi": case.hr_msi.shape,
@@ -557,6 +557,11 @@ def _read_matrix(path: str) -> np.ndarray:
     if len(matrices) != 1:
         raise ValueError(f"--psf {path}: expected one matrix of numbers, got {len(matrices)}")
     return matrices[0].astype(np.float64)
+
+
+def _fusing_options(asked: argparse.Namespace) -> dict[str, Any]:
+    limit = {} if asked.minutes is None else {"minutes": asked.minutes}
+    return {**_options(asked.option), **limit}
 
 
 def _options(texts: Sequence[str]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _network(
 ) -> Tensor:
     """Apply a network: one trained beforehand, or one that is trained on each pair itself."""
     from fastfusion import models
-    from fastfusion.models.regression import regression
+    from fastfusion.models.regression import RegressionModel
 
     low, high = lr_hsi.float(), hr_msi.float()
     if weights is None:
@@ -165,11 +165,21 @@ def _network(
     if options:
         raise TypeError(f"{', '.join(options)}: options of the training do not go with weights")
     model = getattr(models, kind).load(weights, device=lr_hsi.device)
-    prior = None
-    if model.prior == "regression":
-        prior = regression(low, high, srf=srf, psf=psf)
-    with torch.no_grad():
-        return model(low, high, prior).clamp(0, 1)
+    if model.prior != "regression":
+        with torch.no_grad():
+            return model(low, high).clamp(0, 1)
+    fused = []
+    for pair in zip(low, high, strict=True):
+        closed_form = RegressionModel.fit(*pair, srf=srf, psf=psf)
+        fused.append(_refined(model, closed_form, closed_form.apply(*pair).clamp_(0, 1), *pair))
+    return torch.stack(fused)
+
+
+@torch.no_grad()
+def _refined(model: Any, closed_form: Any, prior: Tensor, lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
+    """Correct the closed form's image ``(G, H, W)`` of one pair, in agreement with both images."""
+    fused = model(lr_hsi[None], hr_msi[None], prior[None])[0].contiguous()
+    return closed_form.refine(fused, lr_hsi, hr_msi).clamp_(0, 1)
 
 
 def _self_trained(kind: str, lr_hsi: Tensor, hr_msi: Tensor, **options: Any) -> Tensor:
@@ -180,8 +190,8 @@ def _self_trained(kind: str, lr_hsi: Tensor, hr_msi: Tensor, **options: Any) -> 
         # Never worse than what it starts from, and never in silence.
         warnings.warn(f"the result is that of regression: {trained.stopped}", stacklevel=4)
         return trained.prior
-    with torch.no_grad():
-        return trained.model(lr_hsi, hr_msi, trained.prior).clamp(0, 1)
+    pair = lr_hsi[0], hr_msi[0]
+    return _refined(trained.model, trained.closed_form, trained.prior[0], *pair)[None]
 
 
 def _bicubic(

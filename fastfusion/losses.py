@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastfusion.metrics import ssim
 
-__all__ = ["CoFusionLoss", "FSRVLLoss", "PSNRLoss"]
+__all__ = ["CoFusionLoss", "FSRVLLoss", "RelativeLoss"]
 
 
 class CoFusionLoss(nn.Module):
@@ -106,43 +106,36 @@ class FSRVLLoss(nn.Module):
         return f"alpha={self.alpha}, beta={self.beta}"
 
 
-class PSNRLoss(nn.Module):
-    """What PSNR counts: mean over images and bands of ``log(mean square error + floor)``.
+class RelativeLoss(nn.Module):
+    """Mean square error, of each band in units of how large it was before: ``mean ((f - r)/e)^2``.
 
-    Every band of every image weighs alike, however dark it is or however well it is known already;
-    an absolute or square error is ruled by the few that are worst.
-
-    Args:
-        floor: square error below which nothing is to be gained, 70 dB by default.
+    Bands and scenes then weigh as in PSNR, which is a logarithm, however dark they are or however
+    well they are known already; and within a scene its worst pixels weigh most, as in PSNR too.
 
     Shape:
-        ``fused``, ``reference``: ``(B, G, H, W)``; the loss has no dimensions.
+        ``fused``, ``reference``: ``(B, G, H, W)``; ``error``, root mean squares above 0:
+        ``(B, G, 1, 1)``; the loss has no dimensions.
 
     Raises:
-        ValueError: ``floor`` is not above 0; the cubes differ in shape.
+        ValueError: the shapes are not as above.
 
     >>> import torch
     >>> reference = torch.zeros(1, 3, 4, 4)
-    >>> round(PSNRLoss()(reference + 0.1, reference).item(), 3)
-    -4.605
+    >>> RelativeLoss()(reference + 0.1, reference, torch.full((1, 3, 1, 1), 0.1)).item()
+    1.0
     """
 
-    def __init__(self, floor: float = 1e-7) -> None:
-        super().__init__()
-        if not floor > 0:
-            raise ValueError(f"floor: expected a number above 0, got {floor}")
-        self.floor = floor
-
-    def forward(self, fused: Tensor, reference: Tensor) -> Tensor:
-        if fused.shape != reference.shape:
-            raise ValueError(
-                f"fused: expected the shape of reference, {tuple(reference.shape)}, "
-                f"got {tuple(fused.shape)}"
-            )
-        return ((fused - reference).square().mean((-2, -1)) + self.floor).log().mean()
-
-    def extra_repr(self) -> str:
-        return f"floor={self.floor}"
+    def forward(self, fused: Tensor, reference: Tensor, error: Tensor) -> Tensor:
+        for name, cube, shape in (
+            ("fused", fused, reference.shape),
+            ("error", error, (*reference.shape[:2], 1, 1)),
+        ):
+            if cube.shape != shape:
+                raise ValueError(
+                    f"{name}: expected shape {tuple(shape)} for a reference "
+                    f"{tuple(reference.shape)}, got {tuple(cube.shape)}"
+                )
+        return ((fused - reference) / error).square().mean()
 
 
 def _mean_error(image: Tensor, estimate: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from fastfusion.data.atomic import atomic_path
 from fastfusion.data.scenes import load_scene
 from fastfusion.data.sensors import Degradation, apply_srf, read_srf, wald
 from fastfusion.evaluation import Case, case_of, csv_table
-from fastfusion.losses import CoFusionLoss, PSNRLoss
+from fastfusion.losses import CoFusionLoss, RelativeLoss
 from fastfusion.models.base import ResidualModel, check_weights, read_checkpoint, write_checkpoint
 from fastfusion.models.regression import RegressionModel, regression
 from fastfusion.ops import checks
@@ -59,7 +59,7 @@ __all__ = [
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "l1": nn.L1Loss,
     "cofusion": CoFusionLoss,
-    "psnr": PSNRLoss,
+    "relative": RelativeLoss,
 }
 SCHEDULES = ("step", "cosine")
 #: Share of a training in which the learning rate of the cosine schedule rises.
@@ -84,7 +84,8 @@ class Recipe:
             low-resolution pixel), ``gaussian:SIGMA`` or ``block``.
         srf: file of the response that makes the MSI (see `fastfusion.data.read_srf`); by default
             the scene's own, or `fastfusion.evaluation.broad_bands`.
-        loss: ``"l1"``, or ``"cofusion"`` or ``"psnr"`` (of `fastfusion.losses`).
+        loss: ``"l1"``, or ``"cofusion"`` or ``"relative"`` (of `fastfusion.losses`; relative to the
+            errors of the closed form, with ``prior="regression"`` alone).
         epochs: at most. steps: of an epoch; 0 for as many as batches tile the scenes.
         patch: rows and columns of the patches, of the result. batch: patches of each process and
             step. accumulate: batches whose gradients are added up to one step.
@@ -153,6 +154,8 @@ class Recipe:
             raise ValueError(
                 f"patch must be a multiple of the scale {self.scale}, got {self.patch}"
             )
+        if self.loss == "relative" and self.options.get("prior") != "regression":
+            raise ValueError("loss: 'relative' is for options with prior 'regression'")
         degradation_named(self.psf, self.scale)
 
 
@@ -204,7 +207,7 @@ RECIPES: dict[str, Recipe] = {
     "lso-cave-regression": dataclasses.replace(
         _LSO_CAVE,
         options={"prior": "regression", "width": 32, "guide_width": 48, "guide_blocks": 3},
-        loss="psnr",
+        loss="relative",
         steps=250,
         batch=8,
         learning_rate=1e-3,
@@ -264,12 +267,18 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
 
 
 class Sample(NamedTuple):
-    """A scene as it is trained on: ``(G, h, w)``, ``(g, H, W)``, and ``(G, H, W)`` twice."""
+    """A scene as it is trained on: ``(G, h, w)``, ``(g, H, W)``, and ``(G, H, W)`` twice.
+
+    With a prior, ``error (G, 1, 1)`` is the root mean square of its error in each band of the whole
+    scene, and whole scenes have the closed form that it is of.
+    """
 
     lr_hsi: Tensor
     hr_msi: Tensor
     reference: Tensor
-    prior: Tensor | None
+    prior: Tensor | None = None
+    error: Tensor | None = None
+    closed_form: RegressionModel | None = None
 
 
 def samples_of(recipe: Recipe, names: Sequence[str], recoloured: int = 0) -> list[Sample]:
@@ -284,15 +293,22 @@ def samples_of(recipe: Recipe, names: Sequence[str], recoloured: int = 0) -> lis
     for name in names:
         case = _case(recipe, name)
         cases += [case, *(_recoloured(case, generator) for _ in range(recoloured))]
-    closed_form = recipe.options.get("prior") == "regression"
     samples = []
     for case in cases:
         assert case.reference is not None
-        prior = None
-        if closed_form:
-            prior = regression(case.lr_hsi, case.hr_msi, srf=case.srf, psf=case.degradation)
-        samples.append(Sample(case.lr_hsi, case.hr_msi, case.reference, prior))
+        prior = error = fitted = None
+        if recipe.options.get("prior") == "regression":
+            pair = case.lr_hsi, case.hr_msi
+            fitted = RegressionModel.fit(*pair, srf=case.srf, psf=case.degradation)
+            prior = fitted.apply(*pair).clamp_(0, 1)
+            error = error_of(prior, case.reference)
+        samples.append(Sample(case.lr_hsi, case.hr_msi, case.reference, prior, error, fitted))
     return samples
+
+
+def error_of(prior: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square in each band; at least 80 dB below 1, where there is nothing to gain."""
+    return (reference - prior).square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-4)
 
 
 def _case(recipe: Recipe, name: str) -> Case:
@@ -365,10 +381,10 @@ def draw(
         scale = recipe.scale
         lr_hsi, hr_msi, reference, prior = (
             None if image is None else _turned(_cut(image, top, left, side, finer), turns)
-            for image, finer in zip(sample, (1, scale, scale, scale), strict=True)
+            for image, finer in zip(sample[:4], (1, scale, scale, scale), strict=True)
         )
         assert lr_hsi is not None and hr_msi is not None and reference is not None
-        yield Sample(lr_hsi, hr_msi, reference, prior)
+        yield Sample(lr_hsi, hr_msi, reference, prior, sample.error)
 
 
 def _cut(image: Tensor, top: int, left: int, side: int, times: int) -> Tensor:
@@ -389,12 +405,13 @@ def _seed(*numbers: int) -> int:
 
 
 def stacked(patches: Sequence[Sample], device: torch.device) -> Sample:
-    """A batch: each of the four with a first dimension more."""
-    lr_hsi, hr_msi, reference = (
-        torch.stack(images).to(device) for images in list(zip(*patches, strict=True))[:3]
-    )
-    priors = [patch.prior for patch in patches if patch.prior is not None]
-    return Sample(lr_hsi, hr_msi, reference, torch.stack(priors).to(device) if priors else None)
+    """A batch: each with a first dimension more, but for the closed form."""
+
+    def stack(images: Sequence[Tensor | None]) -> Any:
+        there = [image for image in images if image is not None]
+        return torch.stack(there).to(device) if there else None
+
+    return Sample(*(stack(images) for images in list(zip(*patches, strict=True))[:5]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -617,7 +634,7 @@ class Training:
                     stack.enter_context(self.parallel.no_sync())
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bfloat16):
                     fused = self.parallel(batch.lr_hsi, batch.hr_msi, batch.prior)
-                loss = self.loss(fused.float(), batch.reference) / recipe.accumulate
+                loss = self._loss(fused.float(), batch) / recipe.accumulate
                 loss.backward()
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip or math.inf)
@@ -635,9 +652,14 @@ class Training:
             self.average.update_parameters(self.model)
         return total
 
+    def _loss(self, fused: Tensor, batch: Sample) -> Tensor:
+        if self.recipe.loss == "relative":
+            return self.loss(fused, batch.reference, batch.error)
+        return self.loss(fused, batch.reference)
+
     @torch.no_grad()
     def _validated(self) -> dict[str, float]:
-        """Means over the validation scenes, whole and clamped to [0, 1]."""
+        """Means over the validation scenes, whole, as `fastfusion.fuse` gives them."""
         if not self.validation:
             return {}
         model = self.trained.eval()
@@ -646,7 +668,10 @@ class Training:
             one = stacked([sample], self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
                 fused = model(one.lr_hsi, one.hr_msi, one.prior)
-            pair = fused.float().clamp(0, 1), one.reference
+            fused = fused.float()
+            if sample.closed_form is not None:  # as `fuse` does
+                fused = sample.closed_form.refine(fused[0], one.lr_hsi[0], one.hr_msi[0])[None]
+            pair = fused.clamp(0, 1), one.reference
             ergas = metrics.ergas(*pair, ratio=self.recipe.scale)
             figures.append(torch.stack([metrics.psnr(*pair), metrics.sam(*pair), ergas]))
         mean = torch.stack(figures).mean(0)
@@ -818,12 +843,14 @@ class SelfTrained:
 
     Attributes:
         model: in evaluation mode; None where training gained nothing over the prior.
+        closed_form: of the pair.
         prior: of the pair at full resolution, ``(1, G, H, W)``.
         gain: in dB over the prior, on a part of the HSI that was kept from training.
         stopped: why there is no model, or None.
     """
 
     model: ResidualModel | None
+    closed_form: RegressionModel
     prior: Tensor
     gain: float
     stopped: str | None = None
@@ -831,11 +858,12 @@ class SelfTrained:
 
 #: How a network is trained on one pair: it must fit into minutes.
 SELF_TRAINING = Recipe(
+    options={"prior": "regression"},
     epochs=200,
     steps=25,
     patch=32,
     batch=8,
-    loss="psnr",
+    loss="relative",
     learning_rate=1e-3,
     schedule="cosine",
     clip=1.0,
@@ -897,12 +925,14 @@ def train_on_pair(
     patch = min(SELF_TRAINING.patch // scale, cut, rows, columns)
     if patch * scale < 8 or cut == max(rows, columns):
         size = " x ".join(map(str, lr_hsi.shape[-2:]))
-        return SelfTrained(None, prior, 0.0, f"an HSI of {size} pixels is too small to learn from")
+        return SelfTrained(
+            None, fitted, prior, 0.0, f"an HSI of {size} pixels is too small to learn from"
+        )
     target = lr_hsi[0, :, : rows * scale, : columns * scale]
     low_msi = fitted.degradation(hr_msi)[0, :, : rows * scale, : columns * scale]
     low_hsi = fitted.degradation(target)
     low_prior = regression(low_hsi, low_msi, srf=fitted.srf.to(lr_hsi), psf=fitted.degradation)
-    pair = Sample(low_hsi, low_msi, target, low_prior)
+    pair = Sample(low_hsi, low_msi, target, low_prior, error_of(low_prior, target))
     training, judging = _divided(pair, scale, cut, dim=1 if rows >= columns else 2)
 
     recipe = dataclasses.replace(
@@ -911,7 +941,7 @@ def train_on_pair(
         scale=scale,
         patch=patch * scale,
         seed=seed,
-        options={**options, "prior": "regression"},
+        options={**options, **SELF_TRAINING.options},
     )
     model = model_for(recipe, [training]).to(lr_hsi.device)
     trainer = Training(model, recipe, [training], [judging], minutes=minutes)
@@ -930,16 +960,16 @@ def train_on_pair(
 
         trainer.run(show, keep)
     if best is None:
-        return SelfTrained(None, prior, 0.0, "training gained nothing over the closed form")
-    return SelfTrained(best.eval(), prior, best_gain)
+        return SelfTrained(None, fitted, prior, 0.0, "training gained nothing over the closed form")
+    return SelfTrained(best.eval(), fitted, prior, best_gain)
 
 
 def _divided(pair: Sample, scale: int, cut: int, dim: int) -> tuple[Sample, Sample]:
     """The part before ``cut`` pixels of the coarse image along a side, and the part after it."""
     parts: list[list[Tensor]] = [[], []]
-    for image, finer in zip(pair, (1, scale, scale, scale), strict=True):
+    for image, finer in zip(pair[:4], (1, scale, scale, scale), strict=True):
         assert image is not None
         length = image.shape[dim]
         parts[0].append(image.narrow(dim, 0, finer * cut))
         parts[1].append(image.narrow(dim, finer * cut, length - finer * cut))
-    return Sample(*parts[0]), Sample(*parts[1])
+    return Sample._make([*parts[0], pair.error, None]), Sample._make([*parts[1], pair.error, None])

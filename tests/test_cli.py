@@ -245,7 +245,7 @@ def test_one_of_several_arrays(files, capsys):
         ([*PAIR, "--out", "x.npy", "--scale", "8"], "the MSI is 4 times finer"),
         ([*PAIR, "--out", "x.npy", "--method", "magic"], "invalid choice: 'magic'"),
         (
-            [*PAIR, "--out", "x.npy", "--method", "lso", "--option", "minutes=0"],
+            [*PAIR, "--out", "x.npy", "--method", "lso", "--minutes", "0"],
             "minutes must be above 0",
         ),
         ([*PAIR, "--out", "x.npy", "--backend", "warp"], "invalid choice: 'warp'"),

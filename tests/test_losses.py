@@ -6,8 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from fastfusion import metrics
-from fastfusion.losses import CoFusionLoss, PSNRLoss
+from fastfusion.losses import CoFusionLoss, RelativeLoss
 
 
 def test_cofusion_loss_is_l1_and_a_tenth_of_what_ssim_lacks():
@@ -34,15 +33,15 @@ def test_cofusion_loss_trains():
     assert loss(fused, reference).item() < 0.2 * first
 
 
-def test_psnr_loss_is_psnr():
-    fused, reference = torch.rand(2, 1, 5, 20, 16, dtype=torch.float64)
-    in_db = -10 * PSNRLoss(floor=1e-30)(fused, reference) / torch.log(torch.tensor(10.0))
-    torch.testing.assert_close(in_db, metrics.psnr(fused, reference), check_dtype=False)
-    assert PSNRLoss()(fused, fused).isfinite()
-    with pytest.raises(ValueError, match="fused: expected the shape of reference"):
-        PSNRLoss()(fused, reference[..., :6])
-    with pytest.raises(ValueError, match=r"floor: .* got 0"):
-        PSNRLoss(floor=0)
+def test_relative_loss_is_one_where_nothing_was_gained():
+    fused, reference = torch.rand(2, 2, 5, 20, 16, dtype=torch.float64)
+    error = (fused - reference).square().mean((2, 3), keepdim=True).sqrt()
+    one = torch.tensor(1.0, dtype=torch.float64)
+    torch.testing.assert_close(RelativeLoss()(fused, reference, error), one)
+    with pytest.raises(ValueError, match=r"fused: expected shape \(2, 5, 20, 6\)"):
+        RelativeLoss()(fused, reference[..., :6], error)
+    with pytest.raises(ValueError, match=r"error: expected shape \(2, 5, 1, 1\)"):
+        RelativeLoss()(fused, reference, error[0])
 
 
 def test_bad_input():

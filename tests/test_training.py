@@ -109,6 +109,7 @@ def test_a_recipe_from_a_file(tmp_path):
         ({"psf": "gaussian:-1"}, ValueError, "psf: expected gaussian"),
         ({"ema": 1.0}, ValueError, "ema must be below 1"),
         ({"learning_rate": -1.0}, ValueError, "learning_rate"),
+        ({"loss": "relative"}, ValueError, "loss: 'relative' is for"),
         ({"scenes": "demo"}, TypeError, "scenes: expected a list"),
         ({"colour": 1}, ValueError, "a recipe has no 'colour'"),
     ],
@@ -238,7 +239,12 @@ def test_training_learns_and_writes_what_it_says(recipe, tmp_path):
     [
         {"ema": 0.9, "schedule": "cosine"},
         {"model": "CoFusion", "options": {"width": 8, "depths": (1, 1, 1)}, "loss": "cofusion"},
-        {"bfloat16": True, "accumulate": 2, "options": {**TINY, "prior": "regression"}},
+        {
+            "bfloat16": True,
+            "accumulate": 2,
+            "loss": "relative",
+            "options": {**TINY, "prior": "regression"},
+        },
     ],
     ids=["lso", "cofusion", "bfloat16"],
 )

@@ -266,6 +266,10 @@ class RegressionModel:
                 if self.local:
                     slope *= self.sharpness[bands, None, None].to(slope)
                     out.addcmul_(slope, detail[guide])
+        return self.refine(fused, lr_hsi, hr_msi)
+
+    def refine(self, fused: Tensor, lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
+        """Bring ``fused (G, H, W)``, contiguous, back to what both sensors saw, in place."""
         return consistent(
             fused,
             lr_hsi,
