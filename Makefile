@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs sanitize quality bench clean
+.PHONY: help demo test lint format docs sanitize quality bench kernels clean
 
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
@@ -21,6 +21,7 @@ help:
 	@echo "make sanitize  the C++ kernels' tests under address, undefined and thread sanitizers"
 	@echo "make quality   the tables and pictures of docs/quality.md, from real scenes"
 	@echo "make bench     the tables of docs/performance-cpu.md"
+	@echo "make kernels   docs/kernels.md: what the Triton kernels compile to, without a GPU"
 	@echo "make clean     remove the environment and everything built"
 
 $(BIN)/python:
@@ -76,6 +77,9 @@ quality: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.report --write docs/performance-cpu.md
+
+kernels: $(VENV)/dev.done
+	$(BIN)/python -m benchmarks.kernels --write docs/kernels.md
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info fastfusion/_C_*

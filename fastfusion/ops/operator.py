@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +101,12 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 def image_like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """An uninitialised tensor in the layout of ``x``, of its own or another shape."""
-    return x.new_empty(x.shape if shape is None else tuple(shape)).to(memory_format=layout_of(x))
+    return torch.empty(
+        x.shape if shape is None else tuple(shape),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=layout_of(x),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +222,36 @@ class Operator:
             backward=_compiled(f"{self.name}_backward"),
             why_not=reason,
             declines=declines,
+            exact=True,
+        )
+
+    def add_triton(
+        self,
+        module: str,
+        *,
+        why_not: Callable[..., str | None] = _nothing_against,
+        declines: Callable[..., str | None] = _nothing_against,
+    ) -> None:
+        """Add the Triton launchers ``<name>`` and ``<name>_backward`` of a module.
+
+        The module is imported at the first call. ``why_not`` and ``declines`` speak of the
+        arguments alone: Triton, device and dtype are checked before.
+        """
+
+        def reason(*args: Any) -> str | None:
+            return _why_no_triton(args[0]) or why_not(*args)
+
+        def slow(*args: Any) -> str | None:
+            if args[0].device.type == "cpu":
+                return "the interpreter is for checks"
+            return declines(*args)
+
+        self.add_backend(
+            "triton",
+            forward=_launcher(module, self.name),
+            backward=_launcher(module, f"{self.name}_backward"),
+            why_not=reason,
+            declines=slow,
             exact=True,
         )
 
@@ -584,6 +621,32 @@ def _compiled(name: str) -> Callable[..., Any]:
     """A kernel of the compiled CPU library, looked up at its first call."""
     lookup = functools.cache(lambda: native.kernel(native.CPU, name))
     return lambda *args: lookup()(*args)
+
+
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    """A Triton launcher, looked up at its first call."""
+    lookup = functools.cache(lambda: getattr(importlib.import_module(module), name))
+    return lambda *args: lookup()(*args)
+
+
+def _why_no_triton(x: Tensor) -> str | None:
+    if not _triton_installed():
+        return "triton is not installed"
+    if x.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "its kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1 (for checks)"
+    elif x.device.type != "cuda":
+        return f"its kernels run on a GPU, got {x.device}"
+    elif not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "its kernels need compute capability 8.0 (sm_80) or later"
+    if x.dtype == torch.float64:
+        return "its kernels compute in float32, got float64"
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _conform(result: Any, promised: Any, inputs: Sequence[Any]) -> Any:

@@ -73,6 +73,8 @@ maxima = Operator(
 )
 for _operator in (dwt, idwt, split, maxima):
     _operator.add_cpp()
+for _operator in (dwt, idwt, split):
+    _operator.add_triton("fastfusion.ops.haar.kernels")
 
 
 def haar_dwt2d(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:

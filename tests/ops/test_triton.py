@@ -1,0 +1,142 @@
+"""What the Triton kernels promise, tested without a GPU.
+
+Their parity matrix runs through Triton's interpreter, in a process of its own because Triton reads
+TRITON_INTERPRET when it is imported. Every launch is compiled for every architecture.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernels as gate
+from fastfusion.ops.operator import OPERATORS
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("fastfusion/ops/*/kernels.py"))
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="a compiler cannot be had under the interpreter",
+)
+
+
+def operators(folder: str) -> list[str]:
+    """The operators of a folder that have Triton kernels."""
+    module = importlib.import_module(f"fastfusion.ops.{folder}.kernels")
+    return [
+        name
+        for name, operator in OPERATORS.items()
+        if "triton" in operator.backends and hasattr(module, name)
+    ]
+
+
+def interpreted(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    if "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_parity_through_the_interpreter(folder: str) -> None:
+    names = " or ".join(f"triton-{name}" for name in operators(folder))
+    done = interpreted("-m", "pytest", "-q", "-x", "tests/ops/test_parity.py", "-k", names)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_every_operator_has_its_launchers_and_examples() -> None:
+    found = {name for folder in FOLDERS for name in operators(folder)}
+    assert found == {n for n, operator in OPERATORS.items() if "triton" in operator.backends}
+    for folder in FOLDERS:
+        module = importlib.import_module(f"fastfusion.ops.{folder}.kernels")
+        assert module.EXAMPLES
+        assert all(hasattr(module, f"{name}_backward") for name in operators(folder))
+
+
+@pytest.mark.parametrize("architecture", gate.ARCHITECTURES)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_kernel_compiles(folder: str, architecture: str) -> None:
+    """Within the architecture's shared memory, no spills, no doubles, matrix units where meant."""
+    figures = gate.figures(folder, architecture)
+    assert figures
+    problems = [f"{row.name}: {problem}" for row in figures for problem in row.problems()]
+    assert not problems, "\n".join(problems)
+
+
+def test_the_gate_sees_what_is_wrong() -> None:
+    good = gate.Figures("k", "x", "sm_90", "", 4, 1, 32, 0, 1024, frozenset(), True, False)
+    assert good.problems() == []
+    bad = gate.Figures("k", "x", "sm_90", "", 4, 1, 255, 8, 300_000, frozenset({"f64"}), True, True)
+    assert len(bad.problems()) == 3
+    plain = gate.Figures("k", "x", "sm_90", "", 4, 1, 32, 0, 0, frozenset(), False, True)
+    assert plain.problems() == ["no matrix instruction"]
+
+
+def test_a_table_serves_other_architectures_and_lists_each_tile_once() -> None:
+    from fastfusion.ops.triton import Table, Tile
+
+    one, other = Tile({"BLOCK": 64}), Tile({"BLOCK": 128}, warps=8)
+    table = Table("t", {"small": {"": one, "sm_90": other, "gfx942": one}})
+    assert table.tile("small", "sm_90") is other
+    assert table.tile("small", "sm_80") is one
+    assert table.all("small") == [one, other]
+
+
+def test_tuning_keeps_the_fastest_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastfusion.ops.triton import Tile, fastest
+
+    monkeypatch.setenv("FASTFUSION_CACHE", str(tmp_path / "cache"))
+    tiles = [Tile({"BLOCK": 64}), Tile({"BLOCK": 128}), Tile({"BLOCK": 256}, warps=8)]
+    timed: list[int] = []
+
+    def seconds(run: object) -> float:
+        run()  # type: ignore[operator]
+        return {64: 3.0, 128: 1.0, 256: 2.0}[timed[-1]]
+
+    def run(tile: Tile) -> None:
+        timed.append(tile["BLOCK"])
+
+    assert fastest("scale", "sm_90", tiles, run, seconds) == tiles[1]
+    assert timed == [64, 128, 256]
+    assert fastest("scale", "sm_90", tiles, run, seconds) == tiles[1]
+    assert timed == [64, 128, 256]  # from the disk
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_text("not JSON")
+    assert fastest("scale", "sm_90", tiles, run, seconds) == tiles[1]
+    assert len(timed) == 6
+    assert len(json.loads(file.read_text())) == 1
+
+
+def test_triton_says_why_it_cannot() -> None:
+    x = torch.zeros(1, 1, 2, 2)
+    split = OPERATORS["haar_split2d"]
+    assert "TRITON_INTERPRET=1" in (split.why_not("triton", x) or "")
+    assert "a GPU, got meta" in (split.why_not("triton", x.to("meta")) or "")
+
+
+def test_auto_leaves_the_interpreter_alone() -> None:
+    code = (
+        "import torch; from fastfusion.ops.operator import OPERATORS\n"
+        "operator = OPERATORS['haar_split2d']\n"
+        "x = torch.zeros(1, 1, 2, 2)\n"
+        "print(operator.why_not('triton', x))\n"
+        "print(operator.choose('auto', x) is operator.backends['triton'])\n"
+        "print(operator.why_not('triton', x.double()))"
+    )
+    done = interpreted("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["None", "False"]
+    assert "float64" in done.stdout
