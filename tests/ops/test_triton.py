@@ -52,7 +52,9 @@ def interpreted(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_parity_through_the_interpreter(folder: str) -> None:
     names = " or ".join(f"triton-{name}" for name in operators(folder))
-    done = interpreted("-m", "pytest", "-q", "-x", "tests/ops/test_parity.py", "-k", names)
+    done = interpreted(
+        "-m", "pytest", "-x", "-p", "no:warnings", "tests/ops/test_parity.py", "-k", names
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
