@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import math
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -86,13 +90,12 @@ def test_a_model_is_swapped_and_restored():
     net, x = model(), torch.randn(2, 3, 16, 20)
     expected, state = net(x), net.state_dict()
     classes = [type(module) for module in net.modules()]
-    report = fastfusion.accelerate(net, x)
+    report = fastfusion.accelerate(net)
     kinds = [row.kind for row in report.swapped]
-    assert kinds.count("depthwise convolution") == 4  # two of them inside the attention
+    assert kinds.count("depthwise convolution") == 2  # not those inside the attention
     assert kinds.count("large-kernel attention") == 1
     assert kinds.count("latent operator") == 2
     assert report.left == []
-    assert report.gain > 0
     assert "layers swapped" in str(report)
     assert_close(net(x), expected, 1e-4, "swapped")
     assert all(
@@ -145,7 +148,7 @@ def test_compile_in_one_graph():
     ("options", "reason"),
     [
         ({"stride": 2}, "stride"),
-        ({"padding": 0}, "padding"),
+        ({"padding": 3}, "padding"),
         ({"kernel_size": 4, "padding": 1}, "kernel"),
         ({"padding_mode": "reflect"}, "padding mode"),
         ({"out_channels": 8}, "output channels"),
@@ -180,3 +183,238 @@ def test_a_look_alike_is_left():
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         fastfusion.accelerate(3)
+
+
+# -- activations, paddings, wavelets --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (nn.ReLU(), "relu"),
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.GELU(), "gelu"),
+        (nn.SiLU(), "silu"),
+    ],
+)
+def test_an_activation_is_computed_with_its_convolution(activation, name):
+    model = nn.Sequential(nn.Conv2d(8, 8, 5, padding=2, groups=8), activation, nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 8, 11, 12)
+    expected, keys = model(x), list(model.state_dict())
+    report = fastfusion.accelerate(model)
+    assert [row.note for row in report.swapped] == [f"5x5, with {name} of 1"]
+    assert_close(model(x), expected, 1e-5, "output")
+    assert model[1](torch.tensor([-1.0])).item() == -1  # the activation itself now passes on
+    again = pickle.loads(pickle.dumps(model))
+    assert_close(again(x), expected, 1e-5, "pickled")
+    assert list(model.state_dict()) == keys
+    report.restore()
+    assert type(model[1]) is type(activation)
+    assert torch.equal(model(x), expected)
+
+
+class _Branches(nn.Module):
+    """Uses the convolution's output twice, and one activation behind two convolutions."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2))
+        self.activation, self.twice = nn.ReLU(), twice
+
+    def forward(self, x):
+        y = self.first(x)
+        z = self.activation(y)
+        return y + z if self.twice else self.activation(self.second(z))
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_an_activation_with_other_users_stays(twice):
+    model = _Branches(twice)
+    x = torch.randn(1, 4, 9, 9)
+    expected = model(x)
+    report = fastfusion.accelerate(model)
+    assert [row.note for row in report.swapped] == ["3x3", "3x3"]
+    assert_close(model(x), expected, 1e-5, "output")
+
+
+def test_an_activation_that_no_operator_has_stays():
+    for activation in (nn.ReLU6(), nn.GELU(approximate="tanh"), nn.Sigmoid()):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), activation)
+        x = torch.randn(1, 4, 9, 9)
+        expected = model(x)
+        assert [row.note for row in fastfusion.accelerate(model).swapped] == ["3x3"]
+        assert_close(model(x), expected, 1e-5, type(activation).__name__)
+
+
+def test_a_hooked_convolution_keeps_its_activation():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU())
+    seen = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(1, 4, 9, 9)
+    model(x)
+    fastfusion.accelerate(model)
+    model(x)
+    assert_close(seen[1], seen[0], 1e-5, "what the hook sees")
+
+
+@pytest.mark.parametrize("padding", [0, 1, (0, 2), "valid", "same"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_smaller_paddings(padding, channels_last):
+    layer = nn.Conv2d(6, 6, (3, 5), padding=padding, groups=6)
+    model = nn.Sequential(layer)
+    x = torch.randn(2, 6, 9, 11)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    expected = model(x)
+    report = fastfusion.accelerate(model)
+    assert len(report.swapped) == 1
+    y = model(x)
+    assert y.stride() == expected.stride()
+    assert_close(y, expected, 1e-5, "output")
+
+
+def test_one_image_without_a_batch_and_images_smaller_than_the_kernel():
+    model = nn.Sequential(nn.Conv2d(4, 4, 5, groups=4))
+    one = torch.randn(4, 9, 9)
+    expected = model(one)
+    fastfusion.accelerate(model)
+    assert torch.equal(model(one), expected)
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        model(torch.randn(1, 4, 3, 3))
+
+
+def test_a_wider_padding_is_left_with_its_reason():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=3, groups=4))
+    report = fastfusion.accelerate(model)
+    assert not report.swapped
+    assert "padding (3, 3)" in report.left[0].note
+
+
+@pytest.fixture
+def wavelets(monkeypatch):
+    """pytorch_wavelets, which asks at import for a module that setuptools no longer brings."""
+    pytest.importorskip("pywt")
+    if importlib.util.find_spec("pytorch_wavelets") is None:
+        pytest.skip("pytorch_wavelets is not installed")
+    if importlib.util.find_spec("pkg_resources") is None:
+        stand_in = types.ModuleType("pkg_resources")
+        stand_in.resource_stream = None  # used for its dual-tree filters only
+        monkeypatch.setitem(sys.modules, "pkg_resources", stand_in)
+    return importlib.import_module("pytorch_wavelets")
+
+
+@pytest.mark.parametrize("mode", ["zero", "symmetric", "periodization"])
+@pytest.mark.parametrize("size", [(16, 24), (15, 22)])
+def test_haar_transforms_of_pytorch_wavelets(wavelets, mode, size):
+    model = nn.ModuleDict(
+        {
+            "analysis": wavelets.DWTForward(J=2, wave="haar", mode=mode),
+            "synthesis": wavelets.DWTInverse(wave="haar", mode=mode),
+            "other": wavelets.DWTForward(J=1, wave="db2", mode=mode),
+        }
+    )
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    low, details = model["analysis"](x)
+    back = model["synthesis"]((low, details))
+    report = fastfusion.accelerate(model)
+    assert [row.name for row in report.swapped] == ["analysis", "synthesis"]
+    assert "another wavelet" in report.left[0].note
+    fast_low, fast_details = model["analysis"](x)
+    fast_back = model["synthesis"]((fast_low, fast_details))
+    assert_close(fast_low, low, 1e-6, "approximation")
+    for y, truth in zip(fast_details, details, strict=True):
+        assert_close(y, truth, 1e-6, "details")
+    assert_close(fast_back, back, 1e-6, "inverse")
+    if mode != "symmetric" or not any(n % 2 for n in size):
+        # There its backward pass forgets that the mirrored edge is an input too.
+        (gradient,) = torch.autograd.grad(back.square().sum(), x)
+        (fast_gradient,) = torch.autograd.grad(fast_back.square().sum(), x)
+        assert_close(fast_gradient, gradient, 1e-5, "gradient")
+    report.restore()
+    assert torch.equal(model["analysis"](x)[0], low)
+
+
+# -- other people's models ------------------------------------------------------------------------
+
+
+def _third_party(name):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1], "num_channels": 3}
+    makers = {
+        "ConvNeXt": lambda: transformers.ConvNextModel(transformers.ConvNextConfig(**small)),
+        "ConvNeXtV2": lambda: transformers.ConvNextV2Model(transformers.ConvNextV2Config(**small)),
+        "MobileNetV2": lambda: transformers.MobileNetV2Model(
+            transformers.MobileNetV2Config(depth_multiplier=0.35, image_size=64)
+        ),
+        "MobileNetV1": lambda: transformers.MobileNetV1Model(
+            transformers.MobileNetV1Config(depth_multiplier=0.25, image_size=64)
+        ),
+    }
+    return makers[name]()
+
+
+@pytest.mark.parametrize("name", ["ConvNeXt", "ConvNeXtV2", "MobileNetV2", "MobileNetV1"])
+def test_third_party_models(name):
+    """Forward, three training steps, and the state_dict, against an untouched copy."""
+    torch.manual_seed(0)
+    model = _third_party(name)
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 3, 64, 64)
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        expected = plain(x).last_hidden_state
+    report = fastfusion.accelerate(model)
+    assert report.swapped, str(report)
+    assert all(row.note for row in report.left)
+    with torch.no_grad():
+        assert_close(model(x).last_hidden_state, expected, 1e-5, "output")
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for trained in (model, plain):
+        torch.manual_seed(1)
+        optimiser = torch.optim.SGD(trained.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimiser.zero_grad()
+            trained(x).last_hidden_state.square().mean().backward()
+            optimiser.step()
+    for (key, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        if a.is_floating_point():
+            assert_close(a, b, 1e-4, key)
+    report.restore()
+    fresh = copy.deepcopy(plain)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(x).last_hidden_state, fresh(x).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["ConvNeXt"])
+def test_third_party_model_compiled_and_exported(name):
+    model = _third_party(name).eval()
+    fastfusion.accelerate(model)
+
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x, return_dict=False)[0]
+
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = Features()(x)
+        compiled = torch.compile(Features(), fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), expected, 1e-5, "compiled")
+        exported = torch.export.export(Features(), (x,)).module()
+        assert_close(exported(x), expected, 1e-5, "exported")
+
+
+def test_with_an_example_only_what_gets_faster_is_swapped(monkeypatch):
+    """The clock decides, so here it is one of our own: the first layer gains, the second not."""
+    ratios = iter([2.0, 0.5])
+    monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: next(ratios))
+    net = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2)))
+    report = fastfusion.accelerate(net, torch.randn(1, 4, 9, 9))
+    assert [row.name for row in report.swapped] == ["0"]
+    assert report.left[0].note == "no faster on the example: 0.50 times"
+    assert report.gain > 0
+    assert not net[0]._forward_pre_hooks
