@@ -69,10 +69,10 @@ class Table:
         return choices.get(architecture, choices[""])
 
     def all(self, shape_class: str) -> list[Tile]:
-        """The different tiles of a class, whatever the architecture."""
+        """The different tiles of a class, whatever the architecture (the interpreter is none)."""
         distinct: list[Tile] = []
-        for tile in self.tiles[shape_class].values():
-            if tile not in distinct:
+        for chip, tile in self.tiles[shape_class].items():
+            if chip != "cpu" and tile not in distinct:
                 distinct.append(tile)
         return distinct
 

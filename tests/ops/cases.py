@@ -35,6 +35,11 @@ class Case:
     def __str__(self) -> str:
         return f"{self.operator}-{self.label}"
 
+    @property
+    def elements(self) -> int:
+        """How many elements the images have."""
+        return sum(math.prod(self.shapes[name]) for name in self.images)
+
     def tensors(self, seed: int = 0) -> dict[str, Tensor]:
         """The tensors in float64, of a size that keeps every part of the operator alive."""
         generator = torch.Generator().manual_seed(seed)

@@ -66,6 +66,8 @@ def check(case: Case, backend: str, dtype: torch.dtype, layout: str, seed: int =
         case, {n: t.double() for n, t in tensors.items()}, "reference", torch.float64
     )
     outputs, grads = run(case, tensors, backend, dtype)
+    # Sums in float32 may err by its rounding, where the reference happens to be exact.
+    rounding = torch.finfo(torch.float32).eps
     if dtype in (torch.float16, torch.bfloat16):
         plain, plain_grads = run(case, tensors, "reference", dtype)
     for index, (y, truth) in enumerate(zip(outputs, exact, strict=True)):
@@ -75,7 +77,7 @@ def check(case: Case, backend: str, dtype: torch.dtype, layout: str, seed: int =
         elif dtype == torch.float64:
             bound = 1e-12
         else:
-            bound = 1.5 * relative_error(plain[index], truth)
+            bound = max(1.5 * relative_error(plain[index], truth), rounding)
         assert_close(y, truth, bound, f"output {index}")
     for name, gradient in grads.items():
         truth = exact_grads[name]
@@ -87,18 +89,25 @@ def check(case: Case, backend: str, dtype: torch.dtype, layout: str, seed: int =
         elif dtype == torch.float64:
             bound = 1e-12
         else:
-            bound = 1.5 * relative_error(plain_grads[name], truth, scale)
+            bound = max(1.5 * relative_error(plain_grads[name], truth, scale), rounding)
         assert_close(gradient, truth, bound, f"gradient of {name}", scale)
 
 
-def pairs(cases: list[Case], *, reference: bool = True) -> pytest.MarkDecorator:
-    """Each case on each backend that is written for its operator."""
+def pairs(
+    cases: list[Case], *, reference: bool = True, interpreted: int | None = None
+) -> pytest.MarkDecorator:
+    """Each case on each backend that is written for its operator.
+
+    Triton's interpreter, which takes milliseconds for an instruction, gets the cases of at most
+    ``interpreted`` elements.
+    """
     left_out = {"" if reference else "reference", "" if INTERPRETED else "triton"}
     found = [
         pytest.param(backend, case, id=f"{backend}-{case}")
         for backend in BACKENDS
         for case in cases
         if backend in OPERATORS[case.operator].backends and backend not in left_out
+        if backend != "triton" or interpreted is None or case.elements <= interpreted
     ]
     return pytest.mark.parametrize(("backend", "case"), found)
 
@@ -116,7 +125,7 @@ def test_float32(backend: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pairs(CASES, reference=False)
+@pairs(CASES, reference=False, interpreted=2000)
 def test_other_dtypes(backend: str, case: Case, dtype: torch.dtype) -> None:
     skip_unless_built(backend, case)
     if backend == "triton" and dtype == torch.float64:
@@ -127,7 +136,7 @@ def test_other_dtypes(backend: str, case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-@pairs(CASES)
+@pairs(CASES, interpreted=2000)
 def test_layout(backend: str, case: Case, layout: str) -> None:
     skip_unless_built(backend, case)
     check(case, backend, torch.float32, layout, seed=1)

@@ -96,6 +96,7 @@ multiscale = Operator(
 )
 for _operator in (depthwise, attention, multiscale):
     _operator.add_cpp()
+    _operator.add_triton("fastfusion.ops.depthwise.kernels")
 
 
 def _check_filter(name: str, weight: Tensor, channels: int, like: Tensor) -> None:

@@ -82,6 +82,7 @@ response = Operator(
 )
 for _operator in (filtering, response):
     _operator.add_cpp()
+    _operator.add_triton("fastfusion.ops.frequency_filter.kernels")
 
 
 def _check(x: Tensor, mixing: Tensor, kernel: Tensor, **pairs: Tensor | None) -> None:
