@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs sanitize quality bench kernels clean
+.PHONY: help demo test lint format docs sanitize quality bench kernels gpu-check clean
 
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
@@ -22,6 +22,7 @@ help:
 	@echo "make quality   the tables and pictures of docs/quality.md, from real scenes"
 	@echo "make bench     the tables of docs/performance-cpu.md"
 	@echo "make kernels   docs/kernels.md: what the Triton kernels compile to, without a GPU"
+	@echo "make gpu-check everything that needs a GPU, in eight minutes: docs/performance-gpu.md"
 	@echo "make clean     remove the environment and everything built"
 
 $(BIN)/python:
@@ -80,6 +81,10 @@ bench: $(VENV)/dev.done
 
 kernels: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.kernels --write docs/kernels.md
+
+# Needs no network: the environment if it is there, else PYTHON with torch and Triton in it.
+gpu-check:
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info fastfusion/_C_*
