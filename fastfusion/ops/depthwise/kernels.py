@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.ops.operator import image_like, layout_of
+from fastfusion.ops.precision import LOW
 from fastfusion.ops.triton import (
     Table,
     Tile,
@@ -73,6 +74,15 @@ WEIGHT = Table(
         },
     },
 )
+BAND = Table(
+    "depthwise band",
+    {
+        "": {
+            "": Tile({"BLOCK_H": 64, "BLOCK_W": 32, "BLOCK_C": 1, "BLOCK_K": 16}, warps=4),
+            "cpu": Tile({"BLOCK_H": 32, "BLOCK_W": 32, "BLOCK_C": 1, "BLOCK_K": 32}),
+        }
+    },
+)
 MIX = Table(
     "channel mixing",
     {
@@ -88,7 +98,7 @@ MIX_WEIGHT = Table(
     },
 )
 #: Kernels that must use the matrix units.
-MATRIX_KERNELS = ("mix_kernel", "mix_weight_bwd_kernel")
+MATRIX_KERNELS = ("depthwise_band_kernel", "mix_kernel", "mix_weight_bwd_kernel")
 #: Pixels whose products one program adds up for the gradient of a mixing matrix.
 CHUNK = 1024
 
@@ -98,17 +108,23 @@ CHUNK = 1024
 
 @triton.jit
 def _tile(
-    parts, channels, rows, columns,
+    parts, channels, rows, columns, lattices,
     WIDE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Image, part, the tile's number in the image, and its channels, rows and columns."""
+    """Image, part, the tile's number in the image, and its channels, rows and columns.
+
+    The columns of a tile are those of one of so many interleaved lattices.
+    """
     pid = tl.program_id(0)
-    tiles = tl.cdiv(columns, BLOCK_W) * tl.cdiv(rows, BLOCK_H)
+    across = lattices * tl.cdiv(tl.cdiv(columns, lattices), BLOCK_W)
+    tiles = across * tl.cdiv(rows, BLOCK_H)
     tile = pid % tiles
     channel_block = (pid // tiles) % tl.cdiv(channels, BLOCK_C)
     pid = pid // tiles // tl.cdiv(channels, BLOCK_C)
-    column = (tile % tl.cdiv(columns, BLOCK_W)) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :, None]
-    row = (tile // tl.cdiv(columns, BLOCK_W)) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
+    place = tile % across
+    column = (place // lattices) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :, None]
+    column = column * lattices + place % lattices
+    row = (tile // across) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
     channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
     if WIDE:  # an image holds 2^31 elements or more
         channel, row, column = channel.to(tl.int64), row.to(tl.int64), column.to(tl.int64)
@@ -173,29 +189,12 @@ def _slope(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def depthwise_kernel(
-    x, weight, bias, other, y,
-    x_b, x_s, x_c, x_h, x_w, weight_c, other_b, other_c, other_h, other_w,
-    y_b, y_s, y_c, y_h, y_w,
-    parts, channels, rows, columns, dilation_rows, dilation_columns,
-    kh, kw, TURNED: tl.constexpr, ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+def _finish(
+    total, bias, other, y, other_b, other_c, other_h, other_w, y_b, y_s, y_c, y_h, y_w,
+    image, part, parameter, channel, row, column, there, rows, columns,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """One filter a channel, then bias and activation.
-
-    With SLOPE the activation's derivative times ``other``, the gradient that comes from above;
-    without, ``other`` is added.
-    """
-    image, part, _, channel, row, column = _tile(
-        parts, channels, rows, columns, WIDE, BLOCK_H, BLOCK_W, BLOCK_C
-    )
-    there = channel < channels
-    parameter = part * channels + channel
-    total = _correlate(
-        x + image * x_b + part * x_s + channel * x_c, x_h, x_w, weight + parameter * weight_c,
-        row, column, there, rows, columns, dilation_rows, dilation_columns, kh, kw, TURNED,
-    )  # fmt: skip
+    """Bias, activation or its derivative, the other image, and the store."""
     inside = there & (row < rows) & (column < columns)
     if bias is not None:
         total += tl.load(bias + parameter, mask=there, other=0.0).to(tl.float32)
@@ -213,6 +212,105 @@ def depthwise_kernel(
 
 
 @triton.jit
+def depthwise_kernel(
+    x, weight, bias, other, y,
+    x_b, x_s, x_c, x_h, x_w, weight_c, other_b, other_c, other_h, other_w,
+    y_b, y_s, y_c, y_h, y_w,
+    parts, channels, rows, columns, dilation_rows, dilation_columns,
+    kh, kw, TURNED: tl.constexpr, ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One filter a channel, then bias and activation.
+
+    With SLOPE the activation's derivative times ``other``, the gradient that comes from above;
+    without, ``other`` is added.
+    """
+    image, part, _, channel, row, column = _tile(
+        parts, channels, rows, columns, 1, WIDE, BLOCK_H, BLOCK_W, BLOCK_C
+    )
+    there = channel < channels
+    parameter = part * channels + channel
+    total = _correlate(
+        x + image * x_b + part * x_s + channel * x_c, x_h, x_w, weight + parameter * weight_c,
+        row, column, there, rows, columns, dilation_rows, dilation_columns, kh, kw, TURNED,
+    )  # fmt: skip
+    _finish(
+        total, bias, other, y, other_b, other_c, other_h, other_w, y_b, y_s, y_c, y_h, y_w,
+        image, part, parameter, channel, row, column, there, rows, columns, ACTIVATION, SLOPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _band(
+    x, x_h, x_w, weight, row, column, there, rows, columns, dilation_rows, dilation_columns,
+    kh, kw, TURNED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_correlate` for one channel, each row of taps as a product with a band matrix.
+
+    ``band[k, j] = weight[p, k - j]``: as many columns of the image as the filter's row spans over
+    the tile, BLOCK_K at a time. LOW keeps the operands in their dtype, in which their products are
+    exact.
+    """
+    first = tl.min(tl.reshape(column, (BLOCK_W,)), 0)
+    row = tl.reshape(row, (row.shape[0], 1))
+    total = tl.zeros((row.shape[0], BLOCK_W), tl.float32)
+    for p in range(kh):
+        i = row + (p - kh // 2) * dilation_rows
+        for start in range(0, BLOCK_W + kw - 1, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            j = first + (k - kw // 2)[None, :] * dilation_columns
+            mask = (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
+            value = tl.load(x + i * x_h + j * x_w, mask=mask, other=0.0)
+            q = k[:, None] - tl.arange(0, BLOCK_W)[None, :]
+            tap = p * kw + q
+            if TURNED:
+                tap = kh * kw - 1 - tap
+            band = tl.load(weight + tap, mask=(q >= 0) & (q < kw), other=0.0)
+            if not LOW:
+                value, band = value.to(tl.float32), band.to(tl.float32)
+            total = tl.dot(value, band, total, input_precision=PRECISION)
+    return total[:, :, None]
+
+
+@triton.jit
+def depthwise_band_kernel(
+    x, weight, bias, other, y,
+    x_b, x_s, x_c, x_h, x_w, weight_c, other_b, other_c, other_h, other_w,
+    y_b, y_s, y_c, y_h, y_w,
+    parts, channels, rows, columns, dilation_rows, dilation_columns,
+    kh, kw, TURNED: tl.constexpr, ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As :func:`depthwise_kernel`, on the matrix units."""
+    image, part, _, channel, row, column = _tile(
+        parts, channels, rows, columns, dilation_columns, WIDE, BLOCK_H, BLOCK_W, 1
+    )
+    there = channel < channels
+    parameter = part * channels + channel
+    # One channel: its place as a scalar, which the two-dimensional loads need.
+    only = tl.max(tl.reshape(channel, (1,)), 0)
+    image_of = x + image * x_b + part * x_s + only * x_c
+    taps = weight + (part * channels + only) * weight_c
+    total = _band(
+        image_of, x_h, x_w, taps, row, column, there, rows, columns, dilation_rows,
+        dilation_columns, kh, kw, TURNED, LOW, PRECISION, BLOCK_W, BLOCK_K,
+    )  # fmt: skip
+    # The zeros beside the band make NaN of infinities that the filter does not reach.
+    if tl.max(tl.reshape((total - total != 0).to(tl.int32), (BLOCK_H * BLOCK_W,)), 0) > 0:
+        total = _correlate(
+            image_of + 0 * channel, x_h, x_w, taps + 0 * channel, row, column, there,
+            rows, columns, dilation_rows, dilation_columns, kh, kw, TURNED,
+        )  # fmt: skip
+    _finish(
+        total, bias, other, y, other_b, other_c, other_h, other_w, y_b, y_s, y_c, y_h, y_w,
+        image, part, parameter, channel, row, column, there, rows, columns, ACTIVATION, SLOPE,
+    )  # fmt: skip
+
+
+@triton.jit
 def depthwise_weight_bwd_kernel(
     grad, x, partial,
     grad_b, grad_s, grad_c, grad_h, grad_w, x_b, x_s, x_c, x_h, x_w,
@@ -225,7 +323,7 @@ def depthwise_weight_bwd_kernel(
     ``partial`` is (tiles of the batch, parts * channels, taps + 1).
     """
     image, part, tile, channel, row, column = _tile(
-        parts, channels, rows, columns, WIDE, BLOCK_H, BLOCK_W, BLOCK_C
+        parts, channels, rows, columns, 1, WIDE, BLOCK_H, BLOCK_W, BLOCK_C
     )
     there = channel < channels
     grad += image * grad_b + part * grad_s + channel * grad_c
@@ -386,7 +484,7 @@ def multiscale_attention_kernel(
     largest height and width come at run time for the reason that :func:`_correlate` gives.
     """
     image, _, _, channel, row, column = _tile(
-        1, channels, rows, columns, WIDE, BLOCK_H, BLOCK_W, BLOCK_C
+        1, channels, rows, columns, 1, WIDE, BLOCK_H, BLOCK_W, BLOCK_C
     )
     x += image * x_b + channel * x_c
     weight += channel * weight_c
@@ -456,10 +554,11 @@ def _filter_class(x: Tensor) -> str:
     return "rows" if x.shape[-1] > 32 else "narrow"
 
 
-def _programs(x: Tensor, tile: Tile) -> int:
+def _programs(x: Tensor, tile: Tile, lattices: int = 1) -> int:
     """The tiles of all images of (batch, part, channel, row, column)."""
     batch, parts, channels, rows, columns = x.shape
-    return batch * parts * blocks(channels, tile["BLOCK_C"]) * _tiles(rows, columns, tile)
+    tiles = lattices * _tiles(rows, blocks(columns, lattices), tile)
+    return batch * parts * blocks(channels, tile["BLOCK_C"]) * tiles
 
 
 def _tiles(rows: int, columns: int, tile: Tile) -> int:
@@ -486,12 +585,18 @@ def correlate(
     x5, y5 = (image if image.dim() == 5 else image[:, None] for image in (x, y))
     other = added if slope_for is None else slope_for
     kh, kw = weight.shape[-2:]
+    low = x.dtype == weight.dtype and x.dtype in LOW
+    band = _worth_a_band(x5, kh, kw, dilation[1], low)
+    # The interpreter would multiply the bits of bfloat16.
+    exact = low and architecture(x.device) != "cpu"
+    matrix = {"LOW": exact, "PRECISION": precision(x.device)} if band else {}
 
     def run(tile: Tile) -> None:
         launch(
-            depthwise_kernel,
-            (_programs(x5, tile),),
+            depthwise_band_kernel if band else depthwise_kernel,
+            (_programs(x5, tile, dilation[1] if band else 1),),
             tile,
+            **matrix,
             x=x5,
             weight=weight,
             bias=bias,
@@ -512,8 +617,20 @@ def correlate(
             WIDE=passes_int32(x5, other, y5),
         )
 
-    tuned(FILTER, _filter_class(x5[:, 0]), x, run, tuple(x.shape), kh, kw, dilation)
+    table, shape_class = (BAND, "") if band else (FILTER, _filter_class(x5[:, 0]))
+    tuned(table, shape_class, x, run, tuple(x.shape), kh, kw, dilation)
     return y
+
+
+def _worth_a_band(x: Tensor, kh: int, kw: int, dilation: int, low: bool) -> bool:
+    """Whether the products with zeros beside the band cost less than a load for every tap.
+
+    Where the channels lie side by side, a tile of one channel would read a cache line for each
+    pixel. README.md has the estimate.
+    """
+    size = 5 if low else 13
+    columns = x.shape[-1]
+    return min(kh, kw) >= size and columns >= 16 * dilation and _filter_class(x[:, 0]) != "channels"
 
 
 def weight_gradient(
@@ -884,7 +1001,8 @@ def _examples(x: Tensor) -> None:
     matrix = meta(channels, channels, dtype=x.dtype)
     packed, both = meta(channels, 34, dtype=x.dtype), meta(2, channels, dtype=x.dtype)
     pairs: list[tuple[Any, Any, list[Any]]] = [
-        (depthwise_conv2d, depthwise_conv2d_backward, [x, filters(7), bias, 3, 3, "gelu"]),
+        (depthwise_conv2d, depthwise_conv2d_backward, [x, filters(3), bias, 2, 2, "gelu"]),
+        (depthwise_conv2d, depthwise_conv2d_backward, [x, filters(31), bias, 1, 1, "none"]),
         (
             large_kernel_attention,
             large_kernel_attention_backward,
