@@ -163,7 +163,7 @@ def test_threads_change_no_bit(backend: str, case: Case, threads: int) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pairs(FIRST)
+@pairs([*FIRST, next(case for case in CASES if "circular" in case.label)])
 def test_special_values_go_where_the_reference_sends_them(
     backend: str, case: Case, value: float
 ) -> None:

@@ -29,6 +29,7 @@ from fastfusion.ops.depthwise.kernels import (
 from fastfusion.ops.operator import image_like, layout_of
 from fastfusion.ops.triton import Table, Tile, blocks, launch, meta, narrow, tuned
 
+SPECIAL = Table("special values", {"": {"": Tile({"BLOCK": 4096}, warps=4)}})
 EDGES = Table("hermitian edges", {"": {"": Tile({"BLOCK": 128}, warps=4)}})
 CIRCULAR = Table(
     "circular filter",
@@ -89,7 +90,7 @@ def _inverse(spectrum: Tensor, columns: int, norm: str) -> Tensor:
             edges=edges,
         )
 
-    run(EDGES.tile("", ""))
+    tuned(EDGES, "", spectrum, run)
     return torch.fft.irfft2(spectrum, s=(rows, columns), norm=norm)
 
 
@@ -207,14 +208,18 @@ def _mirror(index, size):
 
 @triton.jit
 def frequency_circular_fwd_kernel(
-    x, mixing, mixing_bias, taps, bias, y,
+    x, mixing, mixing_bias, taps, bias, y, special,
     x_b, x_c, x_h, x_w, mixing_s, mixing_n, mixing_k, y_b, y_c, y_h, y_w,
     inputs, outputs, rows, columns, count, size,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """even(mixed by M_0) window_0 + odd(mixed by M_1) window_1; constants land on pixel 0."""
+    """even(mixed by M_0) window_0 + odd(mixed by M_1) window_1; constants land on pixel 0.
+
+    Each program notes in ``special`` whether it met NaN or infinity.
+    """
     pid = tl.program_id(0)
+    special += pid
     n = (pid % tl.cdiv(outputs, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // tl.cdiv(outputs, BLOCK_N)
     pixel_blocks = tl.cdiv(rows * columns, BLOCK_P)
@@ -237,6 +242,8 @@ def frequency_circular_fwd_kernel(
         even = tl.dot(matrix, 0.5 * (value + mirror), even, input_precision=PRECISION)
         matrix = tl.load(place + mixing_s, mask=mask, other=0.0).to(tl.float32)
         odd = tl.dot(matrix, 0.5 * (value - mirror), odd, input_precision=PRECISION)
+    mixed = even + odd
+    tl.store(special, tl.max(tl.max((mixed - mixed != 0).to(tl.int32), 1), 0))
     impulse = ((i == 0) & (j == 0))[None, :]
     if mixing_bias is not None:
         shift = tl.load(mixing_bias + n, mask=n < outputs, other=0.0).to(tl.float32)
@@ -255,6 +262,24 @@ def frequency_circular_fwd_kernel(
     channel = n.to(tl.int64)[:, None] if WIDE else n[:, None]
     y += image * y_b + (i * y_h + j * y_w)[None, :]
     tl.store(y + channel * y_c, narrow(total, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def frequency_special_kernel(y, special, size, count, BLOCK: tl.constexpr):
+    """Where one of an image's ``count`` notes is set, the image becomes NaN, as a transform has it.
+
+    ``y`` is dense, ``size`` elements an image; without a note nothing is written.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    image = pid // tl.cdiv(size, BLOCK)
+    noted = tl.zeros((1024,), tl.int32)
+    for start in range(0, count, 1024):
+        place = start + tl.arange(0, 1024)
+        there = place < count
+        noted = tl.maximum(noted, tl.load(special + image * count + place, mask=there, other=0))
+    place = (pid % tl.cdiv(size, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.full((BLOCK,), float("nan"), tl.float32).to(y.dtype.element_ty)
+    tl.store(y + image * size + place, value, mask=(place < size) & (tl.max(noted, 0) > 0))
 
 
 @triton.jit
@@ -477,11 +502,13 @@ def _circular(
     half = _half_plane(taps)
 
     def run(tile: Tile) -> None:
-        programs = batch * blocks(outputs, tile["BLOCK_N"])
+        programs = blocks(outputs, tile["BLOCK_N"]) * blocks(rows * columns, tile["BLOCK_P"])
+        special = torch.empty((batch, programs), dtype=torch.int32, device=x.device)
         launch(
             frequency_circular_fwd_kernel,
-            (programs * blocks(rows * columns, tile["BLOCK_P"]),),
+            (batch * programs,),
             tile,
+            special=special,
             x=x,
             mixing=mixing,
             mixing_bias=_dense(mixing_bias),
@@ -496,6 +523,16 @@ def _circular(
             **_sizes(x, taps),
             PRECISION=precision(x.device),
             WIDE=passes_int32(x, y),
+        )
+        size, last = outputs * rows * columns, SPECIAL.tile("", "")
+        launch(
+            frequency_special_kernel,
+            (batch * blocks(size, last["BLOCK"]),),
+            last,
+            y=y,
+            special=special,
+            size=size,
+            count=programs,
         )
 
     tuned(CIRCULAR, _circular_class(inputs, outputs), x, run)
