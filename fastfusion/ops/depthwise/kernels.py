@@ -86,7 +86,7 @@ BAND = Table(
 MIX = Table(
     "channel mixing",
     {
-        "few": {"": Tile({"BLOCK_N": 16, "BLOCK_P": 128, "BLOCK_K": 16}, warps=4)},
+        "few": {"": Tile({"BLOCK_N": 16, "BLOCK_P": 64, "BLOCK_K": 16}, warps=4)},
         "many": {"": Tile({"BLOCK_N": 64, "BLOCK_P": 128, "BLOCK_K": 32}, warps=8, stages=2)},
     },
 )
