@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -72,6 +73,9 @@ class Limits:
         """Seconds under which nothing can be: the larger of the two limits."""
         return max(moved / self.bandwidth, flops / self.matrix_rate)
 
+
+#: What the geometric means over all rows should reach.
+TARGETS = {"times faster than eager": 15.0, "times faster than torch.compile max-autotune": 3.0}
 
 #: A copy and a product of 8192 x 8192 matrices measured on such a card.
 H200 = Limits("NVIDIA H200", 4.3e12, 790e12)
@@ -178,22 +182,45 @@ def predicted_lines() -> list[str]:
     return lines
 
 
+def _latest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each piece of work: a later one was timed against more."""
+    return list({(row["what"], row["dtype"]): row for row in rows if "seconds" in row}.values())
+
+
+def mean_lines(rows: Sequence[Row], limits: Limits) -> list[str]:
+    """How the whole stands against the targets: geometric means of the ratios and of the share."""
+    values: dict[str, list[float]] = {}
+    for row in _latest(rows):
+        times = {name: quartiles[1] for name, quartiles in row["seconds"].items()}
+        ours = times.pop("fastfusion")
+        values.setdefault("share of the floor", []).append(
+            limits.floor(row["moved"], row["flops"]) / ours
+        )
+        for name, theirs in times.items():
+            values.setdefault(f"times faster than {name}", []).append(theirs / ours)
+    lines = []
+    for name, ratios in values.items():
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        wanted = f", target {TARGETS[name]:g}" if name in TARGETS else ""
+        lines.append(f"- {name}: {mean:.2f}, geometric mean of {len(ratios)} rows{wanted}")
+    return lines
+
+
 def measured_lines(rows: Sequence[Row], limits: Limits) -> list[str]:
-    """The last row of each piece of work: ours, what others take, and the share of the floor."""
-    latest = {(row["what"], row["dtype"]): row for row in rows if "seconds" in row}
+    """Each piece of work: ours, what others take, and the share of the floor."""
     lines = [
         "| work | dtype | fastfusion (backend), us | times faster than | floor, us | share "
         "| GB/s | TFLOP/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (what, dtype), row in latest.items():
+    for row in _latest(rows):
         times = {name: q[1] for name, q in row["seconds"].items()}
         ours = times.pop("fastfusion")
         floor = limits.floor(row["moved"], row["flops"])
         others = ", ".join(f"{name} {time / ours:.2f}" for name, time in times.items())
         cells = [
-            what,
-            dtype,
+            row["what"],
+            row["dtype"],
             f"{_scaled(1e6 * ours)} ({row['backend']})",
             others,
             _scaled(1e6 * floor),
@@ -251,6 +278,8 @@ def page(rows: Sequence[Row] | None) -> str:
             "device's own events, with nothing waited for inside the timed region.",
             "",
             *check_lines(rows or []),
+            "",
+            *mean_lines(rows or [], limits),
             "",
             *measured_lines(rows or [], limits),
         ]
@@ -324,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(check_lines(rows)))
     limits = limits_in(rows)
     if limits is not None:
-        print("\n".join(measured_lines(rows, limits)))
+        print("\n".join([*mean_lines(rows, limits), *measured_lines(rows, limits)]))
     return int(any(row["ok"] is False for row in rows))
 
 

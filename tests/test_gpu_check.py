@@ -309,6 +309,17 @@ def test_the_table_says_ratio_floor_and_share() -> None:
     assert line == "| work | float32 | 20 (triton) | eager 1.50 | 10 | 0.50 | 500 | 5 |"
 
 
+def test_means_over_the_latest_rows_stand_beside_their_targets() -> None:
+    limits = gpu_check.limits_in(ROWS)
+    assert limits is not None
+    again = {**ROWS[-1], "seconds": {"fastfusion": [0, 1e-5, 0], "eager": [0, 2e-5, 0]}}
+    other = {**ROWS[-1], "what": "other", "seconds": {"fastfusion": [0, 1e-5, 0]}}
+    assert gpu_check.mean_lines([*ROWS, again, other], limits) == [
+        "- share of the floor: 1.00, geometric mean of 2 rows",
+        "- times faster than eager: 2.00, geometric mean of 1 rows, target 15",
+    ]
+
+
 def test_the_page_says_what_is_wrong_and_what_was_measured() -> None:
     text = gpu_check.page(ROWS)
     assert "GPU Card; torch 2.0." in text
