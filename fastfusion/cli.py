@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from fastfusion import commands  # brings in what --help does not need
 
-        getattr(commands, asked.command)(asked)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            getattr(commands, asked.command)(asked)
         return 0
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status, message = _verdict(error)
     print(f"fastfusion {asked.command}: {message}", file=sys.stderr)
     return status
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In one line, as errors are."""
+    print(f"fastfusion: {message}", file=sys.stderr)
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:

@@ -568,3 +568,17 @@ def test_train_on_the_demo_scene(capsys, tmp_path):
 def test_train_with_bad_usage(capsys, tmp_path, arguments, message):
     assert main(["train", *arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_network_without_weights_says_where_it_gains_nothing(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "hsi.npy", rng.random((6, 5, 5), np.float32))
+    np.save(tmp_path / "msi.npy", rng.random((2, 20, 20), np.float32))
+    command = ["fuse", "--hsi", str(tmp_path / "hsi.npy"), "--msi", str(tmp_path / "msi.npy")]
+    command += ["--out", str(tmp_path / "out.npy"), "--no-figure", "--method", "lso"]
+    assert main([*command, "--bands-axis", "0"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "fastfusion: the result is that of regression: "
+        "an HSI of 5 x 5 pixels is too small to learn from"
+    ]

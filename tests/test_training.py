@@ -369,6 +369,8 @@ def test_checkpoints_that_do_not_do(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, epochs=1)
     train(recipe, tmp_path)
     last, model = tmp_path / "last.safetensors", tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="is the state of a training; name its model"):
+        FusionModel.load(last)
     whole = last.read_bytes()
     last.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="truncated"):

@@ -128,6 +128,8 @@ class FusionModel(nn.Module):
             ImportError: safetensors is not installed.
         """
         metadata, tensors = read_checkpoint(Path(path))
+        if "progress" in metadata:
+            raise ValueError(f"{path} is the state of a training; name its model.safetensors")
         kind = _MODELS.get(metadata["model"])
         if kind is None:
             raise ValueError(
