@@ -54,6 +54,8 @@ class Tile:
 class Table:
     """The tested tiles of a kernel: by shape class, then by architecture ("" is any other).
 
+    The architecture "cpu" is the interpreter.
+
     >>> small = Tile({"BLOCK": 64})
     >>> table = Table("scale", {"rows": {"": Tile({"BLOCK": 256}), "gfx942": small}})
     >>> table.tile("rows", "sm_90")["BLOCK"], table.tile("rows", "gfx942")["BLOCK"]
@@ -311,13 +313,30 @@ def narrow(x, kind: tl.constexpr):
 
 
 @triton.jit
+def normal_cdf(x):
+    """The standard normal distribution function of float32 values.
+
+    Unlike ``(1 + erf) / 2`` it keeps its digits in the left tail: erfc by Chebyshev fitting, whose
+    relative error is 1.2e-7 everywhere (Numerical Recipes in C, section 6.2).
+    """
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.5 * z)
+    p = -0.82215223 + t * 0.17087277
+    p = -1.13520398 + t * (1.48851587 + t * p)
+    p = -0.18628806 + t * (0.27886807 + t * p)
+    p = 0.37409196 + t * (0.09678418 + t * p)
+    p = -1.26551223 + t * (1.00002368 + t * p)
+    tail = 0.5 * t * tl.exp(p - z * z)
+    return tl.where(x < 0, tail, 1.0 - tail)
+
+
+@triton.jit
 def gelu(x):
     """The exact GELU of float32 values."""
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * normal_cdf(x)
 
 
 @triton.jit
 def gelu_slope(x):
     """The derivative of the exact GELU."""
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    return normal_cdf(x) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)

@@ -1,6 +1,11 @@
-"""The Haar kernels where the shared matrix does not reach, and SpeCAM's first stage."""
+"""The Haar kernels where the shared matrix does not reach, and SpeCAM's first stage.
+
+Of the kernels those in C++ are tested, and under TRITON_INTERPRET=1 those in Triton instead.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -13,12 +18,14 @@ from fastfusion.ops.operator import OPERATORS
 from tests.closeness import assert_close, relative_error
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = "triton" if INTERPRETED else "cpp"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, *([] if INTERPRETED else [torch.float64]))
 
 
 @pytest.fixture(autouse=True)
 def _compiled():
-    reason = OPERATORS["haar_dwt2d"].why_no_cpp()
+    reason = None if INTERPRETED else OPERATORS["haar_dwt2d"].why_no_cpp()
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
 
@@ -91,7 +98,7 @@ def test_maxima(size, layout, dtype):
         tensors = [value.to(dtype) for value in stage(size, shift)]
         tensors[0] = tensors[0].contiguous(memory_format=layout)
         expected = gradients([value.double() for value in tensors], "reference")
-        found = gradients(tensors, "cpp")
+        found = gradients(tensors, KERNELS)
         plain = gradients(tensors, "reference")
         for index, (value, truth) in enumerate(zip(found, expected, strict=True)):
             bound = {torch.float32: 1e-5 if index else 2e-6, torch.float64: 1e-12}.get(
@@ -102,13 +109,16 @@ def test_maxima(size, layout, dtype):
 
 def test_maxima_are_those_of_their_parts():
     x, low_weight, low_bias, high_weight, high_bias = stage((2, 3, 9, 6))
-    low, high = ops.haar_split2d(x)
+    low, high = ops.haar_split2d(x, backend="reference")
     low = F.gelu(F.conv2d(low, low_weight, low_bias, padding=1, groups=3))
     high = F.gelu(F.conv2d(high, high_weight, high_bias, padding=1, groups=3))
     expected = torch.cat([low.amax((2, 3)), high.amax((2, 3))], dim=1)
-    for backend in ("reference", "cpp"):
-        found = _spectral_maxima(x, low_weight, low_bias, high_weight, high_bias, backend=backend)
-        assert_close(found, expected, 1e-12, backend)
+    for backend, dtype, bound in (
+        ("reference", torch.float64, 1e-12),
+        (KERNELS, torch.float32, 1e-6),
+    ):
+        inputs = [t.to(dtype) for t in (x, low_weight, low_bias, high_weight, high_bias)]
+        assert_close(_spectral_maxima(*inputs, backend=backend), expected, bound, backend)
 
 
 def test_equal_maxima_give_the_gradient_to_the_first():
@@ -117,7 +127,7 @@ def test_equal_maxima_give_the_gradient_to_the_first():
     x[0, 0, 0:2, 6:8] = 1.0  # above, though further right
     weight = torch.zeros(2, 1, 3, 3)
     weight[:, :, 1, 1] = 1.0
-    found = gradients([x, weight, torch.zeros(2), weight, torch.zeros(2)], "cpp")
+    found = gradients([x, weight, torch.zeros(2), weight, torch.zeros(2)], KERNELS)
     expected = gradients([x, weight, torch.zeros(2), weight, torch.zeros(2)], "reference")
     for value, truth in zip(found, expected, strict=True):
         assert_close(value, truth, 1e-6, "result")
@@ -132,7 +142,7 @@ def test_special_values_in_the_image(value, layout):
     tensors[0][0, 1, 3, 5] = value
     tensors[0] = tensors[0].contiguous(memory_format=layout)
     found, expected = (
-        _spectral_maxima(*tensors, backend="cpp"),
+        _spectral_maxima(*tensors, backend=KERNELS),
         _spectral_maxima(*tensors, backend="reference"),
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -140,10 +150,10 @@ def test_special_values_in_the_image(value, layout):
 
 
 def test_maxima_without_biases_and_with_some_gradients_only():
-    x, low, _, high, _ = stage((2, 4, 6, 6))
+    x, low, _, high, _ = (value.float() for value in stage((2, 4, 6, 6)))
     for wanted in ({0}, {1}, {2}, {0, 2}):
         results = []
-        for backend in ("cpp", "reference"):
+        for backend in (KERNELS, "reference"):
             tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate((x, low, high))]
             maxima = _spectral_maxima(
                 tensors[0], tensors[1], None, tensors[2], None, backend=backend
@@ -151,12 +161,13 @@ def test_maxima_without_biases_and_with_some_gradients_only():
             leaves = [tensors[i] for i in sorted(wanted)]
             results.append(torch.autograd.grad(maxima.sum(), leaves))
         for value, truth in zip(*results, strict=True):
-            assert_close(value, truth, 1e-12, str(wanted))
+            assert_close(value, truth, 1e-6, str(wanted))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="no float64 in Triton")
 def test_maxima_pass_gradcheck():
     tensors = [value.requires_grad_() for value in stage((1, 2, 4, 5))]
-    assert torch.autograd.gradcheck(lambda *t: _spectral_maxima(*t, backend="cpp"), tensors)
+    assert torch.autograd.gradcheck(lambda *t: _spectral_maxima(*t, backend=KERNELS), tensors)
 
 
 def test_threads_change_no_bit_of_the_maxima():
@@ -164,9 +175,9 @@ def test_threads_change_no_bit_of_the_maxima():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = gradients(tensors, "cpp")
+        one = gradients(tensors, KERNELS)
         torch.set_num_threads(2)
-        two = gradients(tensors, "cpp")
+        two = gradients(tensors, KERNELS)
     finally:
         torch.set_num_threads(before)
     for a, b in zip(one, two, strict=True):

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,20 @@ def test_parity_through_the_interpreter(folder: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_first_stage_through_the_interpreter() -> None:
+    done = interpreted(
+        "-m",
+        "pytest",
+        "-x",
+        "-p",
+        "no:warnings",
+        "tests/ops/test_haar.py",
+        "-k",
+        "maxima or special",
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def test_every_operator_has_its_launchers_and_examples() -> None:
@@ -142,3 +157,31 @@ def test_auto_leaves_the_interpreter_alone() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == ["None", "False"]
     assert "float64" in done.stdout
+
+
+def test_the_sanitizer_sees_a_missing_mask() -> None:
+    code = """
+import torch, triton, triton.language as tl
+from tests.ops import bounds
+bounds.install()
+
+@triton.jit
+def copy(x, y, size, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    mask = place < (size if MASKED else BLOCK)
+    tl.store(y + place, tl.load(x + place, mask=mask), mask=place < size)
+
+x, y = torch.ones(7), torch.zeros(7)
+copy[(1,)](x, y, 7, 8, True)
+assert y.sum() == 7
+try:
+    copy[(1,)](x, y, 7, 8, False)
+except Exception as error:
+    print(error)
+"""
+    # Kernels must stand in a file: the interpreter reads their source.
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "script.py"
+        script.write_text(code)
+        done = interpreted(str(script))
+    assert "load of 1 addresses out of bounds" in done.stdout, done.stdout + done.stderr

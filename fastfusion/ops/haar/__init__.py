@@ -73,7 +73,6 @@ maxima = Operator(
 )
 for _operator in (dwt, idwt, split, maxima):
     _operator.add_cpp()
-for _operator in (dwt, idwt, split):
     _operator.add_triton("fastfusion.ops.haar.kernels")
 
 

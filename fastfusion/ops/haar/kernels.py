@@ -5,6 +5,13 @@ blocks along a row, of one channel; in channels_last, blocks along a row by chan
 both layouts neighbouring threads read neighbouring memory. Each image is read once and written
 once; nothing is shared between programs. In the contiguous layout a thread reads pairs of pixels
 and takes them apart in registers.
+
+**SpeCAM's first stage.** The search walks down a strip of BLOCK_W blocks by BLOCK_C channels, two
+rows of pixels a step; the rows above stay in registers, so that each pixel is fetched from memory
+once (its neighbours in the row come from the first-level cache). Of both bands' responses only the
+extremes leave the program: the GELU falls and then rises, so its maximum is that of the largest or
+the smallest response, and no erf is computed for a pixel. Neither band is ever in memory. Backward
+searches again, then writes the gradient of the image once.
 """
 
 from __future__ import annotations
@@ -22,6 +29,8 @@ from fastfusion.ops.triton import (
     Tile,
     alike,
     blocks,
+    gelu,
+    gelu_slope,
     launch,
     match,
     meta,
@@ -38,6 +47,23 @@ ANALYSIS = Table("haar analysis", _TILES)
 SYNTHESIS = Table("haar synthesis", _TILES)
 SPLIT = Table("haar split", _TILES)
 SPLIT_BACKWARD = Table("haar split backward", _TILES)
+SPREAD = Table("spectral maxima spread", _TILES)
+# The interpreter's time goes by programs: few, but more than one along each dimension.
+_INTERPRETED_SEARCH = Tile({"BLOCK_ROWS": 4, "BLOCK_W": 256, "BLOCK_C": 16})
+SEARCH = Table(
+    "spectral maxima search",
+    {
+        "contiguous": {
+            "": Tile({"BLOCK_ROWS": 16, "BLOCK_W": 128, "BLOCK_C": 1}, warps=4),
+            "cpu": _INTERPRETED_SEARCH,
+        },
+        "channels_last": {
+            "": Tile({"BLOCK_ROWS": 16, "BLOCK_W": 4, "BLOCK_C": 32}, warps=4),
+            "cpu": _INTERPRETED_SEARCH,
+        },
+    },
+)
+FINISH = Tile({"BLOCK": 64}, warps=1)
 
 
 @triton.jit
@@ -245,6 +271,345 @@ def haar_split_bwd_kernel(
     )  # fmt: skip
 
 
+# -- SpeCAM's first stage ----------------------------------------------------------------------
+
+
+@triton.jit
+def _mean_of(x, row, column, rows, columns, stride_h, stride_w, c_inside):
+    """The mean of a block, the last row and column repeated; 0 for a block that is not there."""
+    inside = c_inside & (row >= 0) & (2 * row < rows) & (column >= 0) & (2 * column < columns)
+    right = tl.where(2 * column + 1 < columns, stride_w, 0)
+    below = tl.where(2 * row + 1 < rows, stride_h, 0)
+    place = x + 2 * row * stride_h + 2 * column * stride_w
+    a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(place + right, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(place + below, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(place + below + right, mask=inside, other=0.0).to(tl.float32)
+    return ((a + b) + (c + d)) * 0.5 * 0.5
+
+
+@triton.jit
+def _six(x, column, columns, stride_w, inside):
+    """Pixels 2*column - 2 ... 2*column + 3 of a row, 0 outside."""
+    place = x + 2 * column * stride_w
+    p0 = tl.load(place - 2 * stride_w, mask=inside & (column > 0), other=0.0)
+    p1 = tl.load(place - stride_w, mask=inside & (column > 0), other=0.0)
+    p2 = tl.load(place, mask=inside & (2 * column < columns), other=0.0)
+    p3 = tl.load(place + stride_w, mask=inside & (2 * column + 1 < columns), other=0.0)
+    p4 = tl.load(place + 2 * stride_w, mask=inside & (2 * column + 2 < columns), other=0.0)
+    p5 = tl.load(place + 3 * stride_w, mask=inside & (2 * column + 3 < columns), other=0.0)
+    return (
+        p0.to(tl.float32), p1.to(tl.float32), p2.to(tl.float32),
+        p3.to(tl.float32), p4.to(tl.float32), p5.to(tl.float32),
+    )  # fmt: skip
+
+
+@triton.jit
+def _bands(x, row, column, rows, columns, stride_h, stride_w, inside):
+    """Low and high at pixels 2*column - 1 ... 2*column + 2 of both rows of a row of blocks."""
+    there = inside & (row >= 0) & (2 * row < rows)
+    below = there & (2 * row + 1 < rows)
+    upper = x + 2 * row * stride_h
+    u0, u1, u2, u3, u4, u5 = _six(upper, column, columns, stride_w, there)
+    d0, d1, d2, d3, d4, d5 = _six(upper + stride_h, column, columns, stride_w, below)
+    # Halved twice, as in the split. A missing last row or column repeats the one before.
+    left = (u0 + u1) + tl.where(below, d0 + d1, u0 + u1)
+    right2 = 2 * column + 1 < columns
+    right4 = 2 * column + 3 < columns
+    u23, d23 = u2 + tl.where(right2, u3, u2), d2 + tl.where(right2, d3, d2)
+    mid = u23 + tl.where(below, d23, u23)
+    u45, d45 = u4 + tl.where(right4, u5, u4), d4 + tl.where(right4, d5, d4)
+    right = u45 + tl.where(below, d45, u45)
+    l1 = left * 0.5 * 0.5
+    l2 = mid * 0.5 * 0.5
+    l3 = tl.where(right2, l2, 0.0)
+    l4 = right * 0.5 * 0.5
+    m1, m2 = tl.where(below, l1, 0.0), tl.where(below, l2, 0.0)
+    m3, m4 = tl.where(below, l3, 0.0), tl.where(below, l4, 0.0)
+    return (
+        (l1, l2, l3, l4),
+        (u1 - l1, u2 - l2, u3 - l3, u4 - l4),
+        (m1, m2, m3, m4),
+        (d1 - m1, d2 - m2, d3 - m3, d4 - m4),
+    )
+
+
+@triton.jit
+def _response(above, middle, below, J: tl.constexpr, w, bias):
+    """The 3x3 filter at the pixel in column J of the middle row."""
+    r = above[J - 1] * w[0] + above[J] * w[1] + above[J + 1] * w[2]
+    r += middle[J - 1] * w[3] + middle[J] * w[4] + middle[J + 1] * w[5]
+    r += below[J - 1] * w[6] + below[J] * w[7] + below[J + 1] * w[8]
+    return r + bias
+
+
+@triton.jit
+def _filter_of(weight, bias, channel, channels, BIASED: tl.constexpr):
+    """The nine taps of each channel and its bias."""
+    there = channel < channels
+    place = weight + channel * 9
+    w0 = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    w1 = tl.load(place + 1, mask=there, other=0.0).to(tl.float32)
+    w2 = tl.load(place + 2, mask=there, other=0.0).to(tl.float32)
+    w3 = tl.load(place + 3, mask=there, other=0.0).to(tl.float32)
+    w4 = tl.load(place + 4, mask=there, other=0.0).to(tl.float32)
+    w5 = tl.load(place + 5, mask=there, other=0.0).to(tl.float32)
+    w6 = tl.load(place + 6, mask=there, other=0.0).to(tl.float32)
+    w7 = tl.load(place + 7, mask=there, other=0.0).to(tl.float32)
+    w8 = tl.load(place + 8, mask=there, other=0.0).to(tl.float32)
+    if BIASED:
+        b = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
+    else:
+        b = w0 * 0.0
+    return (w0, w1, w2, w3, w4, w5, w6, w7, w8), b
+
+
+@triton.jit
+def _extremes(r, place, there, most, most_at, least, least_at):
+    """The largest and the smallest response so far and where they were first; NaN stays."""
+    more = there & ((r > most) | ((r != r) & (most == most)))
+    most_at = tl.where(more, place, most_at)
+    most = tl.where(more, r, most)
+    less = there & (r < least)
+    least_at = tl.where(less, place, least_at)
+    least = tl.where(less, r, least)
+    return most, most_at, least, least_at
+
+
+@triton.jit
+def _first(value, at, axis: tl.constexpr):
+    """The largest value along an axis and its first place; NaN is the largest."""
+    unknown = value != value
+    best = tl.max(tl.where(unknown, float("inf"), value), axis=axis)
+    any_unknown = tl.max(unknown.to(tl.int32), axis=axis) > 0
+    ahead = tl.expand_dims(any_unknown, axis)
+    chosen = tl.where(ahead, unknown, value == tl.expand_dims(best, axis))
+    place = tl.min(tl.where(chosen, at, 0x7FFFFFFFFFFFFFFF), axis=axis)
+    return tl.where(any_unknown, float("nan"), best), place
+
+
+@triton.jit
+def _keep(response, at, band: tl.constexpr, image, channel, channels, chunk, chunks, most, most_at,
+          least, least_at, AXIS: tl.constexpr):  # fmt: skip
+    """Write a band's extremes in this strip: (B, C, chunks, band, most and least)."""
+    value, place = _first(most, most_at, AXIS)
+    under, under_place = _first(-least, least_at, AXIS)
+    slot = (((image * channels + channel) * chunks + chunk) * 2 + band) * 2
+    there = channel < channels
+    tl.store(response + slot, value, mask=there)
+    tl.store(at + slot, place, mask=there)
+    tl.store(response + slot + 1, -under, mask=there)
+    tl.store(at + slot + 1, under_place, mask=there)
+
+
+@triton.jit
+def spectral_maxima_search_kernel(
+    x, low_weight, low_bias, high_weight, high_bias, response, at,
+    x_b, x_c, x_h, x_w,
+    channels, rows, columns, strips, chunks,
+    LAST: tl.constexpr, BIASED_LOW: tl.constexpr, BIASED_HIGH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The extremes of both bands' responses in one strip of blocks."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk = pid % chunks
+    pid = pid // chunks
+    groups = tl.cdiv(channels, BLOCK_C)
+    image = pid // groups
+    first_row = (chunk // strips) * BLOCK_ROWS
+    AXIS: tl.constexpr = 0 if LAST else 1
+    if LAST:
+        channel_ = (pid % groups) * BLOCK_C + tl.arange(0, BLOCK_C)
+        channel = channel_[None, :]
+        column = ((chunk % strips) * BLOCK_W + tl.arange(0, BLOCK_W))[:, None]
+        zero = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    else:
+        channel_ = (pid % groups) * BLOCK_C + tl.arange(0, BLOCK_C)
+        channel = channel_[:, None]
+        column = ((chunk % strips) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
+        zero = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
+    inside = channel < channels
+    lw, lb = _filter_of(low_weight, low_bias, channel, channels, BIASED_LOW)
+    hw, hb = _filter_of(high_weight, high_bias, channel, channels, BIASED_HIGH)
+    x += image * x_b + channel * x_c
+
+    # Rows -1, 0 and 1 of the first block row; each step then reads the next two rows.
+    _, _, l_up, h_up = _bands(x, first_row - 1, column, rows, columns, x_h, x_w, inside)
+    l_0, h_0, l_1, h_1 = _bands(x, first_row, column, rows, columns, x_h, x_w, inside)
+    nowhere = zero.to(tl.int64)
+    lmost, lmost_at, lleast, lleast_at = zero - float("inf"), nowhere, zero + float("inf"), nowhere
+    hmost, hmost_at, hleast, hleast_at = zero - float("inf"), nowhere, zero + float("inf"), nowhere
+    for row in range(first_row, tl.minimum(first_row + BLOCK_ROWS, tl.cdiv(rows, 2))):
+        l_2, h_2, l_3, h_3 = _bands(x, row + 1, column, rows, columns, x_h, x_w, inside)
+        for j in tl.static_range(2):
+            place = 2 * row * columns + 2 * column + j
+            there = inside & (2 * column + j < columns)
+            r = _response(l_up, l_0, l_1, j + 1, lw, lb)
+            lmost, lmost_at, lleast, lleast_at = _extremes(
+                r, place, there, lmost, lmost_at, lleast, lleast_at
+            )
+            r = _response(h_up, h_0, h_1, j + 1, hw, hb)
+            hmost, hmost_at, hleast, hleast_at = _extremes(
+                r, place, there, hmost, hmost_at, hleast, hleast_at
+            )
+        for j in tl.static_range(2):
+            place = (2 * row + 1) * columns + 2 * column + j
+            there = inside & (2 * column + j < columns) & (2 * row + 1 < rows)
+            r = _response(l_0, l_1, l_2, j + 1, lw, lb)
+            lmost, lmost_at, lleast, lleast_at = _extremes(
+                r, place, there, lmost, lmost_at, lleast, lleast_at
+            )
+            r = _response(h_0, h_1, h_2, j + 1, hw, hb)
+            hmost, hmost_at, hleast, hleast_at = _extremes(
+                r, place, there, hmost, hmost_at, hleast, hleast_at
+            )
+        l_up, h_up = l_1, h_1
+        l_0, h_0 = l_2, h_2
+        l_1, h_1 = l_3, h_3
+    _keep(response, at, 0, image, channel_, channels, chunk, chunks,
+          lmost, lmost_at, lleast, lleast_at, AXIS)  # fmt: skip
+    _keep(response, at, 1, image, channel_, channels, chunk, chunks,
+          hmost, hmost_at, hleast, hleast_at, AXIS)  # fmt: skip
+
+
+@triton.jit
+def _maximum(response, at, start, chunks, BLOCK: tl.constexpr):
+    """The maximum of the GELU of a band, with the response and the place it comes from.
+
+    The GELU falls and then rises, so its maximum is that of the largest or the smallest response.
+    """
+    most, most_at = float("-inf"), tl.full((), 0, tl.int64)
+    least, least_at = float("inf"), tl.full((), 0, tl.int64)
+    unknown = 0
+    for first in range(0, chunks, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        slot = start + chunk * 4
+        there = chunk < chunks
+        value = tl.load(response + slot, mask=there, other=float("-inf"))
+        place = tl.load(at + slot, mask=there, other=0x7FFFFFFFFFFFFFFF)
+        best, best_at = _first(value, place, 0)
+        under = -tl.load(response + slot + 1, mask=there, other=float("inf"))
+        place = tl.load(at + slot + 1, mask=there, other=0x7FFFFFFFFFFFFFFF)
+        low, low_at = _first(under, place, 0)
+        unknown = tl.where(best != best, 1, unknown)
+        better = (best > most) | ((best == most) & (best_at < most_at))
+        most, most_at = tl.where(better, best, most), tl.where(better, best_at, most_at)
+        better = (-low < least) | ((-low == least) & (low_at < least_at))
+        least, least_at = tl.where(better, -low, least), tl.where(better, low_at, least_at)
+    upper, lower = gelu(most), gelu(least)
+    falling = (lower > upper) | ((lower == upper) & (least_at < most_at))
+    value = tl.where(falling, lower, upper)
+    value = tl.where((unknown > 0) | (upper != upper) | (lower != lower), float("nan"), value)
+    return value, tl.where(falling, least, most), tl.where(falling, least_at, most_at)
+
+
+@triton.jit
+def spectral_maxima_fwd_kernel(response, at, out, channels, chunks, BLOCK: tl.constexpr):
+    """The maximum of one band of one channel."""
+    pid = tl.program_id(0).to(tl.int64)
+    band = pid % 2
+    channel = (pid // 2) % channels
+    image = pid // 2 // channels
+    start = ((image * channels + channel) * chunks * 2 + band) * 2
+    value, _, _ = _maximum(response, at, start, chunks, BLOCK)
+    tl.store(out + (image * 2 + band) * channels + channel, narrow(value, out.dtype.element_ty))
+
+
+@triton.jit
+def spectral_maxima_bwd_kernel(
+    x, grad, response, at, slope, where, grad_weight, grad_bias,
+    x_b, x_c, x_h, x_w, grad_b, grad_c,
+    batch, channels, rows, columns, chunks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A band of a channel, image by image: the gradients of its filter, and what flows to x.
+
+    ``slope`` and ``where`` (B, 2, C) take the gradient of the response and its place, for
+    :func:`spectral_maxima_spread_kernel`.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    band = pid % 2
+    channel = pid // 2
+    tap = tl.arange(0, 16)
+    weight_sum = tl.zeros((16,), tl.float32)
+    bias_sum = 0.0
+    for image_ in range(batch):
+        image = tl.cast(image_, tl.int64)
+        start = ((image * channels + channel) * chunks * 2 + band) * 2
+        _, r, place = _maximum(response, at, start, chunks, BLOCK)
+        flow = tl.load(grad + image * grad_b + (band * channels + channel) * grad_c)
+        flow = flow.to(tl.float32) * gelu_slope(r)
+        slot = (image * 2 + band) * channels + channel
+        tl.store(slope + slot, flow)
+        tl.store(where + slot, place)
+        row = place // columns + tap // 3 - 1
+        column = place % columns + tap % 3 - 1
+        there = (tap < 9) & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        plane = x + image * x_b + channel * x_c
+        pixel = tl.load(plane + row * x_h + column * x_w, mask=there, other=0.0).to(tl.float32)
+        # Floor division of -1 is not wanted here: such taps are masked anyway.
+        low = _mean_of(
+            plane, tl.maximum(row, 0) // 2, tl.maximum(column, 0) // 2, rows, columns, x_h, x_w,
+            there,
+        )  # fmt: skip
+        weight_sum += flow * tl.where(band == 0, low, pixel - low)
+        bias_sum += flow
+    kind = grad_weight.dtype.element_ty
+    slot = (band * channels + channel) * 9 + tap
+    tl.store(grad_weight + slot, narrow(weight_sum, kind), mask=tap < 9)
+    tl.store(grad_bias + band * channels + channel, narrow(bias_sum, kind))
+
+
+@triton.jit
+def _flow_to(weight, flow, place_row, place_column, channel, row, column, there):
+    """What a response's gradient sends to a pixel: the tap by which it saw that pixel."""
+    down, right = row - place_row + 1, column - place_column + 1
+    seen = there & (down >= 0) & (down < 3) & (right >= 0) & (right < 3)
+    tap = tl.load(weight + channel * 9 + down * 3 + right, mask=seen, other=0.0)
+    return tap.to(tl.float32) * flow
+
+
+@triton.jit
+def spectral_maxima_spread_kernel(
+    low_weight, high_weight, slope, where, grad_x,
+    x_b, x_c, x_h, x_w,
+    channels, rows, columns,
+    LAST: tl.constexpr, BLOCK_SLOW: tl.constexpr, BLOCK_FAST: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x: 0 but around the two maxima of each channel."""
+    image, channel, row, column, pixels, inside = _tile(
+        channels, tl.cdiv(rows, 2), tl.cdiv(columns, 2), LAST, BLOCK_SLOW, BLOCK_FAST
+    )
+    known = channel < channels
+    low_slot = (image * 2) * channels + channel
+    high_slot = low_slot + channels
+    low_flow = tl.load(slope + low_slot, mask=known, other=0.0)
+    high_flow = tl.load(slope + high_slot, mask=known, other=0.0)
+    low_place = tl.load(where + low_slot, mask=known, other=0)
+    high_place = tl.load(where + high_slot, mask=known, other=0)
+    low_row, low_column = low_place // columns, low_place % columns
+    high_row, high_column = high_place // columns, high_place % columns
+    r, c = 2 * row, 2 * column
+    right = inside & (c + 1 < columns)
+    below = inside & (r + 1 < rows)
+    corner = right & below
+    la = _flow_to(low_weight, low_flow, low_row, low_column, channel, r, c, inside)
+    lb = _flow_to(low_weight, low_flow, low_row, low_column, channel, r, c + 1, right)
+    lc = _flow_to(low_weight, low_flow, low_row, low_column, channel, r + 1, c, below)
+    ld = _flow_to(low_weight, low_flow, low_row, low_column, channel, r + 1, c + 1, corner)
+    ha = _flow_to(high_weight, high_flow, high_row, high_column, channel, r, c, inside)
+    hb = _flow_to(high_weight, high_flow, high_row, high_column, channel, r, c + 1, right)
+    hc = _flow_to(high_weight, high_flow, high_row, high_column, channel, r + 1, c, below)
+    hd = _flow_to(high_weight, high_flow, high_row, high_column, channel, r + 1, c + 1, corner)
+    share = (((la - ha) + (lb - hb)) + ((lc - hc) + (ld - hd))) * 0.25
+    a, b, c, d = _folded(share, share, share, share, row, column, rows, columns)
+    grad_x += image * x_b + channel * x_c
+    _store_blocks(
+        grad_x, x_h, x_w, row, column, pixels, rows, columns, inside,
+        a + ha, b + hb, c + hc, d + hd, LAST,
+    )  # fmt: skip
+
+
 # -- launchers ---------------------------------------------------------------------------------
 
 
@@ -381,6 +746,137 @@ def haar_split2d_backward(
     return grad_x
 
 
+def _search(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The extreme responses of both bands and their places, strip by strip."""
+    batch, channels, rows, columns = x.shape
+    last = layout_of(x) == torch.channels_last
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor]:
+        strips = blocks(_half(columns), tile["BLOCK_W"])
+        chunks = strips * blocks(_half(rows), tile["BLOCK_ROWS"])
+        response = torch.empty((batch, channels, chunks, 2, 2), device=x.device)
+        at = torch.empty(response.shape, dtype=torch.int64, device=x.device)
+        launch(
+            spectral_maxima_search_kernel,
+            (batch * blocks(channels, tile["BLOCK_C"]) * chunks,),
+            tile,
+            x=x,
+            low_weight=low_weight,
+            low_bias=low_bias,
+            high_weight=high_weight,
+            high_bias=high_bias,
+            response=response,
+            at=at,
+            **strides(x, "x_b", "x_c", "x_h", "x_w"),
+            channels=channels,
+            rows=rows,
+            columns=columns,
+            strips=strips,
+            chunks=chunks,
+            LAST=last,
+            BIASED_LOW=low_bias is not None,
+            BIASED_HIGH=high_bias is not None,
+        )
+        return response, at
+
+    return tuned(SEARCH, "channels_last" if last else "contiguous", x, run)
+
+
+def spectral_maxima(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+) -> Tensor:
+    """See ``reference.py``."""
+    batch, channels = x.shape[:2]
+    low_weight, high_weight = low_weight.contiguous(), high_weight.contiguous()
+    low_bias, high_bias = _dense(low_bias), _dense(high_bias)
+    response, at = _search(x, low_weight, low_bias, high_weight, high_bias)
+    out = torch.empty((batch, 2 * channels), dtype=x.dtype, device=x.device)
+    launch(
+        spectral_maxima_fwd_kernel,
+        (batch * channels * 2,),
+        FINISH,
+        response=response,
+        at=at,
+        out=out,
+        channels=channels,
+        chunks=response.shape[2],
+    )
+    return out
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def spectral_maxima_backward(
+    grad: Tensor,
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+    mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of the image, the filters and their biases."""
+    batch, channels, rows, columns = x.shape
+    low_weight, high_weight = low_weight.contiguous(), high_weight.contiguous()
+    response, at = _search(x, low_weight, _dense(low_bias), high_weight, _dense(high_bias))
+    slope = torch.empty((batch, 2, channels), device=x.device)
+    where = torch.empty((batch, 2, channels), dtype=torch.int64, device=x.device)
+    grad_weight = x.new_empty((2, *low_weight.shape))
+    grad_bias = x.new_empty((2, channels))
+    launch(
+        spectral_maxima_bwd_kernel,
+        (2 * channels,),
+        FINISH,
+        x=x,
+        grad=grad,
+        response=response,
+        at=at,
+        slope=slope,
+        where=where,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        **strides(x, "x_b", "x_c", "x_h", "x_w"),
+        **strides(grad, "grad_b", "grad_c"),
+        batch=batch,
+        channels=channels,
+        rows=rows,
+        columns=columns,
+        chunks=response.shape[2],
+    )
+    grad_x = x.new_empty(0)
+    if mask[0]:
+        grad_x = image_like(x)
+        _sweep(
+            spectral_maxima_spread_kernel,
+            SPREAD,
+            grad_x,
+            x.shape,
+            grad_x=grad_x,
+            low_weight=low_weight,
+            high_weight=high_weight,
+            slope=slope,
+            where=where,
+            **strides(grad_x, "x_b", "x_c", "x_h", "x_w"),
+        )
+    found = (grad_weight[0], grad_bias[0], grad_weight[1], grad_bias[1])
+    return grad_x, *(
+        value.clone() if wanted else value.new_empty(0)
+        for value, wanted in zip(found, mask[1:], strict=True)
+    )
+
+
 # -- what is compiled without a GPU ------------------------------------------------------------
 
 
@@ -392,6 +888,11 @@ def _examples(x: Tensor) -> None:
     haar_idwt2d_backward(x, ll, lh, hl, hh, rows, columns, [True] * 4)
     haar_split2d(x)
     haar_split2d_backward(x, x, x, [True])
+    channels = x.shape[1]
+    weight, bias = meta(channels, 1, 3, 3, dtype=x.dtype), meta(channels, dtype=x.dtype)
+    spectral_maxima(x, weight, bias, weight, bias)
+    maxima = meta(x.shape[0], 2 * channels, dtype=x.dtype)
+    spectral_maxima_backward(maxima, x, weight, bias, weight, bias, [True] * 5)
 
 
 EXAMPLES = {

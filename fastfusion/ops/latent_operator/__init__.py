@@ -109,6 +109,29 @@ operator = Operator(
 )
 for _operator in (encode, solve, decode, operator):
     _operator.add_cpp()
+_KERNELS = "fastfusion.ops.latent_operator.kernels"
+
+
+def _too_wide(channels: int, heads: int, tokens: int, basis: int = 1) -> str | None:
+    from fastfusion.ops.latent_operator import kernels
+
+    return kernels.why_not(channels, heads, tokens, basis)
+
+
+encode.add_triton(
+    _KERNELS, why_not=lambda x, prompts, *rest: _too_wide(x.shape[1], *prompts.shape[:2])
+)
+solve.add_triton(_KERNELS, why_not=lambda z, sine, *rest: _too_wide(1, 1, 1, sine.shape[1]))
+decode.add_triton(
+    _KERNELS,
+    why_not=lambda x, z, qw, qb, heads, *rest: _too_wide(x.shape[1], heads, z.shape[2]),
+)
+operator.add_triton(
+    _KERNELS,
+    why_not=lambda x, prompts, *rest: _too_wide(
+        x.shape[1], prompts.shape[0], prompts.shape[1], rest[6].shape[1]
+    ),
+)
 
 
 def _check_image(x: object) -> None:
