@@ -292,8 +292,10 @@ def _mean_of(x, row, column, rows, columns, stride_h, stride_w, c_inside):
 def _six(x, column, columns, stride_w, inside):
     """Pixels 2*column - 2 ... 2*column + 3 of a row, 0 outside."""
     place = x + 2 * column * stride_w
-    p0 = tl.load(place - 2 * stride_w, mask=inside & (column > 0), other=0.0)
-    p1 = tl.load(place - stride_w, mask=inside & (column > 0), other=0.0)
+    # A tile may reach beyond the image by more than its neighbours.
+    before = inside & (column > 0)
+    p0 = tl.load(place - 2 * stride_w, mask=before & (2 * column - 2 < columns), other=0.0)
+    p1 = tl.load(place - stride_w, mask=before & (2 * column - 1 < columns), other=0.0)
     p2 = tl.load(place, mask=inside & (2 * column < columns), other=0.0)
     p3 = tl.load(place + stride_w, mask=inside & (2 * column + 1 < columns), other=0.0)
     p4 = tl.load(place + 2 * stride_w, mask=inside & (2 * column + 2 < columns), other=0.0)
