@@ -25,10 +25,14 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("fastfusion/ops/*/kernels.py"))
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1",
-    reason="a compiler cannot be had under the interpreter",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1",
+        reason="a compiler cannot be had under the interpreter",
+    ),
+    # Compiling and interpreting an operator's folder takes a minute or two where nothing else runs.
+    pytest.mark.timeout(1500),
+]
 
 
 def operators(folder: str) -> list[str]:
@@ -69,7 +73,7 @@ def test_first_stage_through_the_interpreter() -> None:
         "no:warnings",
         "tests/ops/test_haar.py",
         "-k",
-        "maxima or special",
+        "test_maxima and float32 or parts or equal or some or special",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
