@@ -71,7 +71,7 @@ SOLVE_BACKWARD = Table(
     {"": {"": Tile({"BLOCK_R": 32, "BLOCK_C": 32}, warps=4)}},
 )
 MERGE = Tile({}, warps=4)
-FOLD = Tile({}, warps=8)
+FOLD = Tile({}, warps=4)
 
 MATRIX_KERNELS = {
     "latent_operator_fwd_kernel",
