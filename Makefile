@@ -15,6 +15,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
 	@echo "make test      the tests"
+	@echo "make large-scene  4096x4096x64 from disk to disk, killed and resumed (30 GB in ROOM)"
 	@echo "make lint      formatters, linters and types"
 	@echo "make format    put the sources into their format"
 	@echo "make docs      the documentation, in build/docs/index.html"
@@ -52,6 +53,12 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest
+
+ROOM ?= out
+.PHONY: large-scene
+large-scene: $(VENV)/dev.done
+	mkdir -p $(ROOM)
+	$(BIN)/python -m benchmarks.large_scene --folder $(ROOM)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

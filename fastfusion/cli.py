@@ -63,6 +63,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def _verdict(error: BaseException) -> tuple[int, str]:
     """The exit status and the line that an error gets."""
     from fastfusion.fusing import Unavailable
+    from fastfusion.tiling import Unfinished
 
     if isinstance(error, KeyboardInterrupt):
         return 1, "interrupted; no output was left half written"
@@ -75,7 +76,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     bad_path = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
     if isinstance(error, (ValueError, TypeError, Unavailable, PermissionError, *bad_path)):
         return 2, message
-    if isinstance(error, (OSError, ImportError)):
+    if isinstance(error, (OSError, ImportError, Unfinished)):
         return 1, message
     return 1, f"{type(error).__name__}: {message[:500]} (--debug shows where)"
 
@@ -152,6 +153,7 @@ def _add_fuse(commands: Any) -> None:
         "--backend", choices=_BACKENDS, default="auto", help="by default %(default)s"
     )
     method.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    _add_tiles(fuse)
     _add_sensors(fuse)
     _add_progress(fuse)
 
@@ -193,6 +195,29 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     train.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
     _add_progress(train)
+
+
+def _add_tiles(fuse: Any) -> None:
+    tiles = fuse.add_argument_group(
+        "scenes larger than memory",
+        "From disk to disk in tiles, without seams: taken where OUT is .zarr or .tif and any of "
+        "these is given, or the result is larger than 1 GiB. Interrupted work goes on when the "
+        "same command is given again.",
+    )
+    tiles.add_argument("--tile", type=int, metavar="N", help="MSI pixels along a tile's side")
+    tiles.add_argument(
+        "--margin",
+        type=int,
+        metavar="N",
+        help="MSI pixels around a tile for a network; by default all that its pixels depend on",
+    )
+    tiles.add_argument("--workers", type=int, metavar="N", help="threads; by default as they fit")
+    tiles.add_argument(
+        "--memory", type=float, metavar="GIB", help="that threads are chosen by; by default 4"
+    )
+    tiles.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of a dask cluster, such as tcp://host:8786"
+    )
 
 
 def _add_evaluate(commands: Any) -> None:

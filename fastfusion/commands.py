@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -48,9 +49,10 @@ from fastfusion.figures import (
     scale_figure,
     scenes_at_all_scales,
 )
-from fastfusion.fusing import METHODS, check_pair
+from fastfusion.fusing import METHODS, check_pair, scale_of
 from fastfusion.metrics import CONVENTIONS
 from fastfusion.models.base import FusionModel
+from fastfusion.tiling import fuse_files, source_of
 
 __all__ = ["evaluate", "fuse", "info", "train"]
 
@@ -64,6 +66,9 @@ def fuse(asked: argparse.Namespace) -> None:
     """Fuse two files or a scene; write the cube, its figures and a picture."""
     _check_usage(asked)
     options = _fusing_options(asked)
+    if _in_tiles(asked):
+        _fuse_in_tiles(asked, options)
+        return
     clock = _Clock()
     cubes: dict[str, Cube] = {}
     if asked.scene is not None:
@@ -143,6 +148,81 @@ def _check_format(out: str) -> None:
             raise ValueError(str(error).replace(f"{room}/", "")) from error
 
 
+#: Bytes of a result from which a .zarr or .tif is made in tiles without being asked to.
+_LARGE = 2**30
+_FOR_TILES = ("tile", "margin", "workers", "memory", "scheduler")
+
+
+def _in_tiles(asked: argparse.Namespace) -> bool:
+    """Whether to go from disk to disk: on request, or where the result is large."""
+    wanted = [name for name in _FOR_TILES if getattr(asked, name) is not None]
+    if wanted:
+        for name in ("scene", "reference", "bands_axis"):
+            if getattr(asked, name) is not None:
+                raise ValueError(f"--{wanted[0]} does not go with --{name.replace('_', '-')}")
+        return True
+    if asked.scene or asked.reference or Path(asked.out).suffix not in (".zarr", ".tif", ".tiff"):
+        return False
+    try:
+        low, high = (source_of(name) for name in (asked.hsi, asked.msi))
+    except (ValueError, OSError):
+        return False  # of a format that is read as a whole; what is wrong is told there
+    return 4 * low.shape[0] * high.shape[1] * high.shape[2] > _LARGE
+
+
+def _fuse_in_tiles(asked: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Fuse two files into a third, tile by tile; write the cube and how it was made."""
+    hsi, msi = source_of(asked.hsi), source_of(asked.msi)
+    scale = scale_of(hsi.shape, msi.shape)
+    if asked.scale not in (None, scale):
+        raise ValueError(f"--scale {asked.scale}: the MSI is {scale} times finer than the HSI")
+    srf = read_srf(asked.srf, hsi.wavelengths).float() if asked.srf else None
+    psf = _degradation(asked.psf, scale)
+    record_path = Path(asked.out.rstrip("/") + ".json")
+    with atomic_path(record_path) as temporary:
+        report = fuse_files(
+            asked.hsi,
+            asked.msi,
+            asked.out,
+            asked.method,
+            srf=srf,
+            psf=psf,
+            peak=asked.peak,
+            tile=asked.tile,
+            margin=asked.margin,
+            workers=asked.workers,
+            memory=4.0 if asked.memory is None else asked.memory,
+            scheduler=asked.scheduler,
+            backend=asked.backend,
+            device=asked.device or "cpu",
+            progress=asked.progress,
+            **options,
+        )
+        record = {
+            "fastfusion": __version__,
+            "method": asked.method,
+            "options": options,
+            "inputs": {"hsi": asked.hsi, "msi": asked.msi},
+            "sensors": {
+                "srf": "estimated" if srf is None else "given",
+                "psf": "estimated" if psf is None else "given",
+            },
+            **vars(report),
+            "outputs": [asked.out, str(record_path)],
+            "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "environment": _environment(asked),
+        }
+        text = json.dumps(_without_nan(record), indent=2, allow_nan=False, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    seconds = sum(report.seconds.values())
+    found = f", {report.found} of them found" if report.found else ""
+    print(
+        f"{Path(asked.hsi).stem} x{report.scale} by {asked.method}: "
+        f"{report.tiles} tiles of {report.tile} pixels{found}, {seconds:.2f} s"
+    )
+    print(f"wrote {asked.out}, {record_path}")
+
+
 def _beside(asked: argparse.Namespace) -> list[Path]:
     """The figures and the picture that go beside the cube."""
     if asked.out is None:
@@ -191,15 +271,19 @@ def _record(
             **{name: text for name, text in CONVENTIONS.items() if name in figures},
         },
         "seconds": seconds,
-        "environment": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-            "system": f"{platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(),
-            "device": asked.device or "cpu",
-            "backend": asked.backend,
-        },
+        "environment": _environment(asked),
+    }
+
+
+def _environment(asked: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "device": asked.device or "cpu",
+        "backend": asked.backend,
     }
 
 

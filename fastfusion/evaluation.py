@@ -25,7 +25,7 @@ from fastfusion.data.scenes import Scene
 from fastfusion.data.sensors import Degradation, apply_srf, srf_from_bands
 from fastfusion.fusing import fuse
 from fastfusion.models.base import FusionModel
-from fastfusion.models.regression import regression
+from fastfusion.models.regression import RegressionModel
 from fastfusion.ops.operator import backend as backend_for_block
 
 __all__ = [
@@ -261,7 +261,8 @@ def run_across_scales(
         protocol: ``"page"`` applies the network, none of whose weights depends on the scale, at
             the case's own scale. ``"script"`` leaves the network at its scale ``s`` and resizes
             the hyperspectral image to ``(H/s, W/s)`` in the Fourier domain. See `CROSS_SCALE`. A
-            network on the regression's prior gets that of the pair as it is, by both.
+            network on the regression's prior gets that of the pair as it is, by both, and its
+            result is brought back to that pair, as in `fastfusion.fuse`.
         blind: keep from that prior what is known of the sensors.
         backend: the kernels to run on.
 
@@ -277,10 +278,12 @@ def run_across_scales(
     model = FusionModel.load(weights)
     trained = model.scale
     low, high = case.lr_hsi[None].float(), case.hr_msi[None].float()
-    more = []
+    closed_form, more = None, []
     if getattr(model, "prior", None) == "regression":
         srf, psf = (None, None) if blind else (case.srf, case.degradation)
-        more = [regression(low, high, srf=srf, psf=psf)]
+        closed_form = RegressionModel.fit(low[0], high[0], srf=srf, psf=psf)
+        more = [closed_form.apply(low[0], high[0]).clamp_(0, 1)[None]]
+    pair = low[0], high[0]
     if protocol == "page":
         model.scale = case.scale
     else:
@@ -291,8 +294,10 @@ def run_across_scales(
             )
         low = fourier_resized(low, [side // trained for side in high.shape[-2:]])
     with torch.no_grad(), _on(backend):
-        fused = model(low, high, *more)[0].clamp(0, 1)
-    return fused, CROSS_SCALE[protocol].format(trained=trained)
+        fused = model(low, high, *more)[0].contiguous()
+        if closed_form is not None:
+            fused = closed_form.refine(fused, *pair)
+    return fused.clamp(0, 1), CROSS_SCALE[protocol].format(trained=trained)
 
 
 def fourier_resized(image: Tensor, size: Sequence[int]) -> Tensor:

@@ -266,11 +266,24 @@ def check_pair(lr_hsi: _Array, hr_msi: _Array) -> int:
             f"hr_msi: expected the type of lr_hsi, {type(lr_hsi).__name__}, "
             f"got {type(hr_msi).__name__}"
         )
-    shapes = f"got lr_hsi {tuple(lr_hsi.shape)} and hr_msi {tuple(hr_msi.shape)}"
-    if lr_hsi.shape[:-3] != hr_msi.shape[:-3]:
+    scale = scale_of(tuple(lr_hsi.shape), tuple(hr_msi.shape))
+    for name, image in (("lr_hsi", lr_hsi), ("hr_msi", hr_msi)):
+        _check_values(name, image)
+    if lr_hsi.dtype != hr_msi.dtype or _place(lr_hsi) != _place(hr_msi):
+        raise ValueError(
+            f"hr_msi: expected the dtype and device of lr_hsi, {lr_hsi.dtype} on "
+            f"{_place(lr_hsi)}, got {hr_msi.dtype} on {_place(hr_msi)}"
+        )
+    return scale
+
+
+def scale_of(lr_hsi: tuple[int, ...], hr_msi: tuple[int, ...]) -> int:
+    """How many times finer an image of the shape ``hr_msi`` is; ValueError if they are no pair."""
+    shapes = f"got lr_hsi {lr_hsi} and hr_msi {hr_msi}"
+    if lr_hsi[:-3] != hr_msi[:-3]:
         raise ValueError(f"hr_msi: expected the batch of lr_hsi, {shapes}")
-    bands, height, width = lr_hsi.shape[-3:]
-    msi_bands, fine_height, fine_width = hr_msi.shape[-3:]
+    bands, height, width = lr_hsi[-3:]
+    msi_bands, fine_height, fine_width = hr_msi[-3:]
     if height > fine_height or width > fine_width:
         raise ValueError(
             f"hr_msi: expected more pixels than lr_hsi has; are they swapped? {shapes}"
@@ -282,13 +295,6 @@ def check_pair(lr_hsi: _Array, hr_msi: _Array) -> int:
         raise ValueError(
             f"hr_msi: expected a height and width that are the same whole multiple (2 or more) of "
             f"those of lr_hsi, {shapes}; crop one of them"
-        )
-    for name, image in (("lr_hsi", lr_hsi), ("hr_msi", hr_msi)):
-        _check_values(name, image)
-    if lr_hsi.dtype != hr_msi.dtype or _place(lr_hsi) != _place(hr_msi):
-        raise ValueError(
-            f"hr_msi: expected the dtype and device of lr_hsi, {lr_hsi.dtype} on "
-            f"{_place(lr_hsi)}, got {hr_msi.dtype} on {_place(hr_msi)}"
         )
     return scale
 

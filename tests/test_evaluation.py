@@ -273,8 +273,12 @@ def test_both_protocols_across_scales(scene, network):
         run_across_scales(case, path, "both")
 
 
-def test_at_its_own_scale_both_protocols_are_plain_fusion(scene, network):
+@pytest.mark.parametrize("prior", ["bicubic", "regression"])
+def test_at_its_own_scale_both_protocols_are_plain_fusion(scene, network, prior):
     case = case_of(scene, 4)
+    if prior == "regression":
+        sizes = {"width": 8, "heads": 2, "guide_width": 4, "guide_blocks": 0}
+        LSO(9, 4, 4, **sizes, prior=prior).save(network[1])
     plain = run(case, "lso", weights=network[1])
     for protocol in ("page", "script"):
         torch.testing.assert_close(run_across_scales(case, network[1], protocol)[0], plain)

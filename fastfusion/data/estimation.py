@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ __all__ = ["estimate_sensors"]
 
 #: HSI pixels along a side from which the PSF is told; more only take longer.
 LARGEST = 160
+#: HSI pixels from the edge of the scene that the boundary is told by.
+EDGE = 2
 
 
 def estimate_sensors(
@@ -51,25 +54,94 @@ def estimate_sensors(
     """
     hsi, msi = lr_hsi.detach().double(), hr_msi.detach().double()
     if degradation is None:
-        degradation = _estimate_degradation(hsi, msi, scale)
+        rows, columns = middle(*hsi.shape[-2:])
+        hsi_middle = hsi[:, rows, columns]
+        msi_middle = msi[:, times(rows, scale), times(columns, scale)]
+        candidates = candidate_degradations(hsi_middle, msi_middle, scale)
+        edge = edge_mask(*hsi.shape[-2:]).to(hsi.device)
+        misfits = {}
+        for boundary, candidate in candidates.items():
+            low_msi = candidate(msi)
+            whole = pair_moments(hsi, low_msi)
+            at_edge = pair_moments(hsi[:, edge], low_msi[:, edge])
+            misfits[boundary] = edge_misfit(whole, at_edge, len(msi))
+        degradation = candidates[likeliest_boundary(misfits)]
     if srf is None:
-        srf = _estimate_srf(hsi, degradation(msi))
+        srf = srf_from_moments(pair_moments(hsi, degradation(msi)), len(msi))
     return degradation, srf
 
 
-def _estimate_srf(hsi: Tensor, low_msi: Tensor) -> Tensor:
-    """Non-negative least squares, one MSI band at a time."""
+# ------------------------------------------------------------------------------------------------
+# Statistics of the whole scene: sums, which add up over tiles
+# ------------------------------------------------------------------------------------------------
+
+
+def pair_moments(hsi: Tensor, low_msi: Tensor) -> Tensor:
+    """Sums over pixels of ``[1, m, y] (outer) [1, m, y]``: ``(1+g+G, 1+g+G)``, float64.
+
+    ``hsi (G, ...)`` and ``low_msi (g, ...)`` have their pixels in the same order.
+    """
+    msi = low_msi.flatten(1).double()
+    values = torch.cat([torch.ones_like(msi[:1]), msi, hsi.flatten(1).double()])
+    return values @ values.T
+
+
+def srf_from_moments(moments: Tensor, msi_bands: int) -> Tensor:
+    """The response ``(g, G)`` by non-negative least squares, one MSI band at a time."""
     from scipy.optimize import nnls
 
-    spectra, target = hsi.flatten(1), low_msi.flatten(1)
-    gram = spectra @ spectra.T
+    first = 1 + msi_bands
+    gram = moments[first:, first:]
     # The bands are nearly dependent: a ridge far below the noise keeps the problem decided.
     gram = gram + 1e-10 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram)).to(gram)
     root = torch.linalg.cholesky(gram)
-    right = torch.linalg.solve_triangular(root, spectra @ target.T, upper=False)
+    right = torch.linalg.solve_triangular(root, moments[first:, 1:first], upper=False)
     matrix = root.T.cpu().numpy()
     rows = [nnls(matrix, column.cpu().numpy(), maxiter=100 * len(gram))[0] for column in right.T]
-    return torch.stack([torch.from_numpy(row) for row in rows]).to(hsi)
+    return torch.stack([torch.from_numpy(row) for row in rows]).to(moments)
+
+
+def edge_mask(rows: int, columns: int) -> Tensor:
+    """``(rows, columns)``: True within `EDGE` pixels of the edge."""
+    mask = torch.ones(rows, columns, dtype=torch.bool)
+    mask[EDGE:-EDGE, EDGE:-EDGE] = False
+    return mask
+
+
+def edge_misfit(whole: Tensor, at_edge: Tensor, msi_bands: int) -> float:
+    """What the HSI, which explains the MSI of the whole scene as far as it can, leaves of it near
+    the edge: from the `pair_moments` of the whole and of the pixels of `edge_mask`."""
+    first = 1 + msi_bands
+    gram, mixed = whole[first:, first:], whole[first:, 1:first]
+    ridge = 1e-13 * gram.diagonal().mean().clamp_min(1e-12)
+    srf = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), mixed).T
+    rest = torch.cat([torch.eye(msi_bands).to(srf), -srf], 1)
+    return ((rest @ at_edge[1:, 1:]) * rest).sum().clamp_min(0).item()
+
+
+def likeliest_boundary(misfits: Mapping[str, float]) -> str:
+    """The boundary that leaves least at the edge; mirrored where none stands out."""
+    best = min(misfits, key=misfits.__getitem__)
+    return "symmetric" if misfits[best] > 0.8 * misfits["symmetric"] else best
+
+
+def middle(rows: int, columns: int) -> tuple[slice, slice]:
+    """The part of an HSI that tells the PSF: all of it, or the middle of a large one."""
+    first = [max(0, (length - LARGEST) // 2) for length in (rows, columns)]
+    return (
+        slice(first[0], first[0] + min(rows, LARGEST)),
+        slice(first[1], first[1] + min(columns, LARGEST)),
+    )
+
+
+def times(pixels: slice, scale: int) -> slice:
+    """The same pixels on a grid that is ``scale`` times finer."""
+    return slice(pixels.start * scale, pixels.stop * scale)
+
+
+# ------------------------------------------------------------------------------------------------
+# The PSF
+# ------------------------------------------------------------------------------------------------
 
 
 class _Psf(NamedTuple):
@@ -113,13 +185,8 @@ class _Misfit:
     """How much of the degraded MSI the HSI's bands do not explain, band by band."""
 
     def __init__(self, hsi: Tensor, msi: Tensor, scale: int) -> None:
-        # The middle of a large scene tells enough.
-        self.scale, crop = scale, [max(0, (n - LARGEST) // 2) for n in hsi.shape[-2:]]
-        (top, left), (height, width) = crop, (min(n, LARGEST) for n in hsi.shape[-2:])
-        hsi = hsi[:, top : top + height, left : left + width]
-        self.msi = msi[
-            :, top * scale : (top + height) * scale, left * scale : (left + width) * scale
-        ]
+        self.scale, self.msi = scale, msi
+        height, width = hsi.shape[-2:]
         # Edge pixels depend on what lies beyond the image; leave them out where enough remain.
         margin = min(3, min(height, width) // 6)
         self.inside = (
@@ -149,10 +216,11 @@ class _Misfit:
         return self.of(psf.profiles(self.scale))
 
 
-def _estimate_degradation(hsi: Tensor, msi: Tensor, scale: int) -> Degradation:
+def candidate_degradations(hsi: Tensor, msi: Tensor, scale: int) -> dict[str, Degradation]:
+    """The PSF of a pair, cut to its `middle`, with each of the boundaries; float64 in and out."""
     misfit = _Misfit(hsi, msi, scale)
-    middle, sigma = (scale - 1) / 2, 0.5 * scale
-    steps = [middle + scale * s for s in (-1, -0.5, 0, 0.5, 1)]
+    centre, sigma = (scale - 1) / 2, 0.5 * scale
+    steps = [centre + scale * s for s in (-1, -0.5, 0, 0.5, 1)]
     start = min(
         (_Psf(sigma, sigma, y, x) for y in steps for x in steps),
         key=lambda psf: misfit.at(psf).square().sum().item(),
@@ -164,14 +232,7 @@ def _estimate_degradation(hsi: Tensor, msi: Tensor, scale: int) -> Degradation:
         free = _free_profiles(misfit, best)
         if misfit.of(free).square().sum().item() < 0.5 * unexplained:
             best = free
-    at_edge = {
-        boundary: _edge_misfit(hsi, best.degradation(scale, boundary)(msi))
-        for boundary in BOUNDARIES
-    }
-    boundary = min(at_edge, key=at_edge.__getitem__)
-    if at_edge[boundary] > 0.8 * at_edge["symmetric"]:  # none stands out
-        boundary = "symmetric"
-    return best.degradation(scale, boundary)
+    return {boundary: best.degradation(scale, boundary) for boundary in BOUNDARIES}
 
 
 def _free_profiles(misfit: _Misfit, profiles: _Profiles) -> _Profiles:
@@ -247,11 +308,3 @@ def _gauss_newton(misfit: _Misfit, psf: _Psf) -> _Psf:
             return psf
         step = min(step, max(1e-3 * scale, moved_by))
     return psf
-
-
-def _edge_misfit(hsi: Tensor, low_msi: Tensor) -> float:
-    """What the HSI does not explain of the MSI within two pixels of the image's edge."""
-    srf = torch.linalg.lstsq(hsi.flatten(1).T, low_msi.flatten(1).T, driver="gelsd").solution.T
-    rest = (low_msi - torch.tensordot(srf, hsi, 1)).square().sum(0)
-    rest[2:-2, 2:-2] = 0
-    return rest.sum().item()

@@ -66,7 +66,7 @@ _ZARR = _Format(
     library="zarr",
     is_earlier_output=zarr_store.is_zarr,
 )
-_GEOTIFF = _Format("GeoTIFF", geotiff.load, geotiff.save, library="rasterio")
+_GEOTIFF = _Format("GeoTIFF", geotiff.load, geotiff.save, in_pieces=True, library="rasterio")
 _BY_SUFFIX = {
     ".mat": _Format("a MATLAB file", matlab.load, matlab.save),
     ".npy": _Format("a NumPy array", numpy_files.load_npy, numpy_files.save_npy, in_pieces=True),
@@ -138,8 +138,9 @@ def open_cube(
 ) -> Cube:
     """Open a cube without reading it: slices of its data are read from the disk when taken.
 
-    For .npy, ENVI and zarr (bands first), whose scenes may be larger than memory. The values are
-    as stored, of the stored type, not scaled; `write_cube` copies such a cube piece by piece.
+    For .npy, ENVI, GeoTIFF and zarr (bands first), whose scenes may be larger than memory. The
+    values are as stored, of the stored type, not scaled; `write_cube` copies such a cube piece by
+    piece.
 
     Raises:
         FileNotFoundError, ValueError, OSError, ImportError: as `read_cube`; ValueError also for a
@@ -258,11 +259,20 @@ def _check_scale(scale: float | Literal["auto"] | None) -> None:
         raise ValueError(f"scale must be positive and finite, got {scale}")
 
 
-def _on_disk(path: Path, variable: str | None, bands_axis: int | None) -> Cube:
+def open_stored(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
+    """What `open_cube` opens, with what the file says about its values; errors as there."""
+    return reading(path, lambda: _stored_on_disk(path, variable, bands_axis))
+
+
+def _stored_on_disk(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
     file_format = _format_of_existing(path)
     if not file_format.in_pieces:
         raise ValueError(f"{file_format.name} is read as a whole: use read_cube, or make it .zarr")
-    stored = file_format.load(path, variable, bands_axis)
+    return file_format.load(path, variable, bands_axis)
+
+
+def _on_disk(path: Path, variable: str | None, bands_axis: int | None) -> Cube:
+    stored = _stored_on_disk(path, variable, bands_axis)
     data = stored.data
     if stored.bands_axis != 0:
         if not isinstance(data, np.ndarray):

@@ -269,11 +269,16 @@ class ResidualModel(FusionModel, abstract=True):
             )
         rows, columns = shape[-2:]
         if self.prior != "regression":
-            return prior + self.correction(_padded(prior), _padded(hr_msi))[..., :rows, :columns]
-        seen = apply_srf(prior - self.hsi_mean, self.hsi_axes)
-        seen_msi = apply_srf(hr_msi - self.msi_mean, self.msi_axes)
-        correction = self.correction(_padded(seen), _padded(seen_msi))[..., :rows, :columns]
+            return prior + self.correction(*self.seen(prior, hr_msi))[..., :rows, :columns]
+        correction = self.correction(*self.seen(prior, hr_msi))[..., :rows, :columns]
         return prior + apply_srf(correction, self.error_axes)
+
+    def seen(self, prior: Tensor, hr_msi: Tensor) -> tuple[Tensor, Tensor]:
+        """Both images as the network sees them: in its units, padded."""
+        if self.prior == "regression":
+            prior = apply_srf(prior - self.hsi_mean, self.hsi_axes)
+            hr_msi = apply_srf(hr_msi - self.msi_mean, self.msi_axes)
+        return _padded(prior), _padded(hr_msi)
 
 
 def _principal(pixels: Tensor) -> tuple[Tensor, Tensor]:

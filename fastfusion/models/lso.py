@@ -71,6 +71,7 @@ class LSO(ResidualModel):
         self.patch_size = patch_size
         self.guide_width, self.guide_blocks = guide_width, guide_blocks
 
+        self.coordinates = Coordinates()
         self.guide = GuideNetwork(hsi_bands + msi_bands, guide_width, guide_blocks)
         self.operators = nn.ModuleList(
             LatentOperator2d(width, heads=heads, tokens=tokens, basis=basis, patch_size=patch_size)
@@ -96,7 +97,7 @@ class LSO(ResidualModel):
     def correction(self, prior: Tensor, hr_msi: Tensor) -> Tensor:
         x = self.guide(torch.cat([hr_msi, prior], dim=1))
         direct = 0 if self.direct is None else self.direct(x)
-        x1 = self.encoders[0](torch.cat([x, _coordinates(x)], dim=1))
+        x1 = self.encoders[0](torch.cat([x, self.coordinates(x)], dim=1))
         del x  # twice as wide as what follows
         x2 = self.encoders[1](_halved(x1))
         x3 = self.encoders[2](_halved(x2))
@@ -174,15 +175,20 @@ def conv_pair(in_channels: int, middle: int, out_channels: int) -> nn.Sequential
     )
 
 
-def _coordinates(x: Tensor) -> Tensor:
-    """Row and column of each pixel in [0, 1], ends included: ``(B, 2, H, W)``."""
-    batch, _, rows, columns = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 counts to 256 only
-    # Not linspace, which fixes the size of an exported graph; there are at least 4 of each.
-    down = torch.arange(rows, dtype=wide, device=x.device) / (rows - 1)
-    across = torch.arange(columns, dtype=wide, device=x.device) / (columns - 1)
-    grid = torch.stack([down[:, None].expand(rows, columns), across.expand(rows, columns)])
-    return grid.to(x.dtype).expand(batch, -1, -1, -1)
+class Coordinates(nn.Module):
+    """Row and column of each pixel in [0, 1], ends included: ``(B, 2, H, W)`` for ``(B, C, H, W)``.
+
+    A module, so that a hook can tell a tile where in its scene it lies: see `fastfusion.tiling`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, rows, columns = x.shape
+        wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 counts to 256 only
+        # Not linspace, which fixes the size of an exported graph; there are at least 4 of each.
+        down = torch.arange(rows, dtype=wide, device=x.device) / (rows - 1)
+        across = torch.arange(columns, dtype=wide, device=x.device) / (columns - 1)
+        grid = torch.stack([down[:, None].expand(rows, columns), across.expand(rows, columns)])
+        return grid.to(x.dtype).expand(batch, -1, -1, -1)
 
 
 def _halved(x: Tensor) -> Tensor:

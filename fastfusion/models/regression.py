@@ -20,12 +20,12 @@ margin agree with the whole.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fastfusion.data.estimation import estimate_sensors
+from fastfusion.data.estimation import estimate_sensors, pair_moments
 from fastfusion.data.sensors import Degradation, apply_srf, fold
 
 __all__ = ["Regression", "RegressionModel", "regression"]
@@ -194,15 +194,6 @@ class RegressionModel:
         """Arguments and errors as in `regression`; one pair, without a batch."""
         scale = check_pair(lr_hsi, hr_msi)
         hsi_bands, msi_bands = len(lr_hsi), len(hr_msi)
-        if not ridge > 0:
-            raise ValueError(f"ridge: expected a positive number, got {ridge}")
-        if iterations < 0:
-            raise ValueError(f"iterations: expected 0 or more, got {iterations}")
-        if window_sigma is None:
-            # A Gaussian window weighs like 4 pi sigma^2 equal pixels.
-            window_sigma = math.sqrt((msi_bands + 1) / (2 * math.pi))
-        if not window_sigma > 0:
-            raise ValueError(f"window_sigma: expected a positive number, got {window_sigma}")
         if srf is not None and tuple(srf.shape) != (msi_bands, hsi_bands):
             raise ValueError(
                 f"srf: expected (msi bands, hsi bands) = ({msi_bands}, {hsi_bands}), "
@@ -214,39 +205,91 @@ class RegressionModel:
                 lr_hsi, hr_msi, scale, degradation=degradation, srf=srf
             )
 
-        low_msi = degradation(hr_msi)
-        moments = global_moments(lr_hsi, low_msi)
-        weights = global_weights(moments)
+        model = cls.from_moments(
+            pair_moments(lr_hsi, degradation(hr_msi.double())),
+            degradation,
+            srf,
+            local=local,
+            ridge=ridge,
+            iterations=iterations,
+            window_sigma=window_sigma,
+        )
+        return model.with_sharpness(model.sharpness_moments(lr_hsi, hr_msi)) if local else model
+
+    @classmethod
+    def from_moments(
+        cls,
+        moments: Tensor,
+        degradation: Degradation,
+        srf: Tensor,
+        *,
+        local: bool = True,
+        ridge: float = 1e-4,
+        iterations: int = 4,
+        window_sigma: float | None = None,
+    ) -> RegressionModel:
+        """The model of a scene by its `pair_moments`; its bands are taken to be equally sharp
+        until `with_sharpness` is told otherwise. Other arguments and errors as in `fit`."""
+        if not ridge > 0:
+            raise ValueError(f"ridge: expected a positive number, got {ridge}")
+        if iterations < 0:
+            raise ValueError(f"iterations: expected 0 or more, got {iterations}")
+        msi_bands, hsi_bands = srf.shape
+        if window_sigma is None:
+            # A Gaussian window weighs like 4 pi sigma^2 equal pixels.
+            window_sigma = math.sqrt((msi_bands + 1) / (2 * math.pi))
+        if not window_sigma > 0:
+            raise ValueError(f"window_sigma: expected a positive number, got {window_sigma}")
+        weights = global_weights(moments[: 1 + msi_bands])
         variance = moments.diagonal()[1 : 1 + msi_bands] / moments[0, 0]
         variance = variance - (moments[0, 1 : 1 + msi_bands] / moments[0, 0]) ** 2
         floor = max(NOISE_FLOOR * variance.sum().item(), 1e-12)
-        model = cls(
+        return cls(
             degradation,
             srf,
             weights,
             weights.new_zeros(hsi_bands),
             local,
             ridge,
-            back_projection(srf.double(), weights, lr_hsi, low_msi),
+            back_projection(srf.double(), weights, moments),
             floor,
             iterations,
             window_sigma,
         )
-        if not local:
-            return model
-        sums = _LowResolution(model, lr_hsi, hr_msi).sharpness_moments()
-        return cls(**{**vars(model), "sharpness": sharpness(sums)})
+
+    def sharpness_moments(
+        self, lr_hsi: Tensor, hr_msi: Tensor, inside: tuple[slice, slice] | None = None
+    ) -> Tensor:
+        """Sums ``(4, G)`` over a scene, or over the pixels ``inside`` of a tile with a margin of
+        `maps_halo`, for `with_sharpness`; the sums of tiles add up."""
+        inside = inside or (slice(None), slice(None))
+        return _LowResolution(self, lr_hsi, hr_msi).sharpness_moments(inside)
+
+    def with_sharpness(self, moments: Tensor) -> RegressionModel:
+        """The same model, told by `sharpness_moments` how sharp the bands are."""
+        return replace(self, sharpness=sharpness(moments))
+
+    @property
+    def maps_halo(self) -> int:
+        """How many low-resolution pixels around one its map depends on."""
+        windows = 2 * math.ceil(3 * self.window_sigma) + 1 if self.local else 0
+        return 2 * self._blur_reach + windows + 1
+
+    @property
+    def refine_halo(self) -> int:
+        """How many low-resolution pixels around a tile `refine` depends on."""
+        round_trips = self.iterations * _round_trip_radius(self.degradation)
+        return self._blur_reach + round_trips + 2
 
     @property
     def halo(self) -> int:
         """How many low-resolution pixels around a tile its result depends on."""
-        blur = math.ceil(
-            (max(self.degradation.psf.shape) + max(map(abs, self.degradation.centre)))
-            / self.degradation.scale
-        )
-        windows = 2 * math.ceil(3 * self.window_sigma) + 1 if self.local else 0
-        round_trip = _round_trip_radius(self.degradation)
-        return 2 * blur + windows + 1 + self.iterations * round_trip + 2
+        return self.maps_halo + self.iterations * _round_trip_radius(self.degradation) + 2
+
+    @property
+    def _blur_reach(self) -> int:
+        size = max(self.degradation.psf.shape) + max(map(abs, self.degradation.centre))
+        return math.ceil(size / self.degradation.scale)
 
     def apply(self, lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
         """Fuse ``lr_hsi (G, h, w)`` and ``hr_msi (g, H, W)`` to ``(G, H, W)``, not clamped."""
@@ -300,15 +343,8 @@ def as_degradation(psf: Tensor | Degradation | None, scale: int) -> Degradation 
 # ------------------------------------------------------------------------------------------------
 
 
-def global_moments(lr_hsi: Tensor, low_msi: Tensor) -> Tensor:
-    """Sums over pixels of ``[1, m] (outer) [1, m, y]``: ``(1+g, 1+g+G)``, float64."""
-    guides = low_msi.flatten(1).double()
-    guides = torch.cat([torch.ones_like(guides[:1]), guides])
-    return guides @ torch.cat([guides, lr_hsi.flatten(1).double()]).T
-
-
 def global_weights(moments: Tensor) -> Tensor:
-    """The scene's one linear map ``(G, 1+g)`` by least squares.
+    """The scene's one linear map ``(G, 1+g)`` by least squares, from ``(1+g, 1+g+G)`` moments.
 
     A ridge far below the data's accuracy settles what the data leave open: constant images,
     MSI bands that are copies of each other, fewer pixels than coefficients.
@@ -320,16 +356,23 @@ def global_weights(moments: Tensor) -> Tensor:
     return torch.linalg.solve(gram + damping, target).T
 
 
-def back_projection(srf: Tensor, weights: Tensor, lr_hsi: Tensor, low_msi: Tensor) -> Tensor:
+def back_projection(srf: Tensor, weights: Tensor, moments: Tensor) -> Tensor:
     """How to move a spectrum when its MSI pixel misses something: ``(G, g)``.
 
     The least change that gives the MSI, if the srf and the pair agree; the less of it, the worse
     the srf explains the degraded MSI, compared with how well the scene's map explains the HSI.
+    ``moments`` are `pair_moments`: of ``d`` times them, summed over pixels, come the squares of
+    the disagreement ``m - srf y`` and of the map's error ``y - weights [1, m]``.
     """
-    hsi, msi = lr_hsi.flatten(1).double(), low_msi.flatten(1).double()
-    disagreement = msi - srf @ hsi
-    error = hsi - weights[:, 1:] @ msi - weights[:, :1]
-    noise = disagreement @ disagreement.T / error.square().sum(1).mean().clamp_min(1e-30)
+    msi_bands, hsi_bands = srf.shape
+    identity = torch.eye(msi_bands + hsi_bands).to(srf)
+    disagreement = torch.cat(
+        [srf.new_zeros(msi_bands, 1), identity[:msi_bands, :msi_bands], -srf], 1
+    )
+    error = torch.cat([-weights, identity[msi_bands:, msi_bands:]], 1)
+    misses = disagreement @ moments @ disagreement.T
+    errors = ((error @ moments) * error).sum(1)
+    noise = misses / errors.mean().clamp_min(1e-30)
     return srf.T @ torch.linalg.pinv(srf @ srf.T + noise, hermitian=True)
 
 
@@ -390,7 +433,7 @@ class _LowResolution:
             slopes, offset = slopes + more, offset + rest
         return slopes, offset
 
-    def sharpness_moments(self) -> Tensor:
+    def sharpness_moments(self, inside: tuple[slice, slice]) -> Tensor:
         """Sums for `sharpness`: what the maps leave of the HSI (``r``) against what blurring the
         MSI would change in it (``u``), both freed of what narrower windows could explain."""
         sums = []
@@ -399,7 +442,7 @@ class _LowResolution:
             slopes, offset = self._first_maps(bands)
             rest = self.narrow.remainder(self.hsi[bands] - predict(slopes, offset, self.msi))
             change = self.narrow.remainder(predict(slopes, 0, self.detail_low))
-            change, rest = change.flatten(1).double(), rest.flatten(1).double()
+            change, rest = (x[:, inside[0], inside[1]].flatten(1).double() for x in (change, rest))
             count = change.new_full((len(change),), change.shape[1])
             sums.append(
                 torch.stack([count, (change**2).sum(1), (change * rest).sum(1), (rest**2).sum(1)])

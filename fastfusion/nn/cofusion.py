@@ -74,6 +74,11 @@ class MultiScaleGenerator(nn.Module):
         return local, proxies[::-1]
 
 
+class SceneMaxima(nn.Identity):
+    """Passes on the maxima over an image; a hook can tell a tile those of its scene instead, see
+    `fastfusion.tiling`."""
+
+
 class SpaCAM(nn.Module):
     """Spatial context-aware mixing: gates of three receptive fields (CoFusion, eq. 2 and 3).
 
@@ -127,7 +132,8 @@ class SpeCAM(nn.Module):
     (`fastfusion.ops.coordinate_mixing`); the result gates both parts, weighted by alpha and
     1 - alpha, and their sum passes a depthwise separable convolution and is added to the input.
 
-    The maxima are over the whole image: tiles of one scene see maxima of their own.
+    The maxima are over the whole image: tiles of one scene would see maxima of their own, were
+    they not told the scene's (`SceneMaxima`).
 
     Args:
         channels: ``C``. expansion: how much wider the pointwise part of the last convolution is.
@@ -150,6 +156,7 @@ class SpeCAM(nn.Module):
     ) -> None:
         super().__init__()
         kind = {"device": device, "dtype": dtype}
+        self.maxima = SceneMaxima()
         self.low = DepthwiseConv2d(channels, channels, 3, activation="gelu", **kind)
         self.high = DepthwiseConv2d(channels, channels, 3, activation="gelu", **kind)
         self.gather = nn.Linear(2 * channels, channels, **kind)  # G_theta
@@ -169,7 +176,8 @@ class SpeCAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         low, high = ops.haar_split2d(x)
         low, high = self.low(low), self.high(high)
-        gate = self._gate(torch.cat([low.amax((2, 3)), high.amax((2, 3))], dim=1))
+        maxima = torch.cat([low.amax((2, 3)), high.amax((2, 3))], dim=1)
+        gate = self._gate(self.maxima(maxima))
         alpha = self.alpha.sigmoid()
         mixed = low * (gate * alpha) + high * (gate * (1 - alpha))
         return x + self.pointwise(self.middle(mixed))
@@ -222,6 +230,7 @@ class SSCFM(nn.Module):
             )
             for _ in range(2)
         )
+        self.maxima = nn.ModuleList(SceneMaxima() for _ in range(2))
         self.dropout = nn.Dropout(dropout)
         self.mix = conv3x3(2 * channels, 2 * channels, **kind)
 
@@ -237,8 +246,8 @@ class SSCFM(nn.Module):
             for x, norm, attention in zip(streams, self.norms, self.attentions, strict=True)
         ]
         guides = [
-            excitation(x.amax((2, 3)))[..., None, None]
-            for x, excitation in zip(streams, self.excitations, strict=True)
+            excitation(maxima(x.amax((2, 3))))[..., None, None]
+            for x, maxima, excitation in zip(streams, self.maxima, self.excitations, strict=True)
         ]
         # Group by group, and put together again: the whole stream times the whole vector.
         crossed = torch.cat([attended[0] * guides[1], attended[1] * guides[0]], dim=1)

@@ -59,32 +59,46 @@ def save(path: Path, cube: Cube) -> None:
     chunk fails. So it is given one chunk at a time, from a thread that Ctrl-C does not reach and
     that is waited for: when this function is left, nobody writes any more.
     """
-    zarr = need("zarr", extra="io", purpose="writing zarr stores")
-    bands, rows, columns = cube.shape
-    attributes: dict[str, Any] = {COMPLETE: True, "metadata": _as_json(cube.metadata)}
-    if cube.wavelengths is not None:
-        attributes["wavelengths"] = cube.wavelengths.tolist()
+    rows, columns = cube.shape[1:]
 
-    def create() -> Any:
-        return zarr.create_array(
-            path,
-            shape=cube.shape,
-            dtype=cube.data.dtype.newbyteorder("="),
-            chunks=(bands, min(rows, CHUNK_SIDE), min(columns, CHUNK_SIDE)),
-            dimension_names=("band", "row", "column"),
-            attributes=attributes,
-            config={"write_empty_chunks": True},
-        )
+    def make() -> Any:
+        kind = cube.data.dtype.newbyteorder("=")
+        return create(path, cube.shape, CHUNK_SIDE, cube.wavelengths, cube.metadata, kind)
 
     def write(array: Any, row: int, column: int) -> None:
         chunk = slice(None), slice(row, row + CHUNK_SIDE), slice(column, column + CHUNK_SIDE)
         array[chunk] = np.asarray(cube.data[chunk])
 
     with ThreadPoolExecutor(max_workers=1) as writer:
-        array = writer.submit(create).result()
+        array = writer.submit(make).result()
         for row in range(0, rows, CHUNK_SIDE):
             for column in range(0, columns, CHUNK_SIDE):
                 writer.submit(write, array, row, column).result()
+
+
+def create(
+    path: Path,
+    shape: tuple[int, int, int],
+    chunk: int,
+    wavelengths: np.ndarray | None,
+    metadata: dict[str, Any],
+    dtype: Any = np.float32,
+) -> Any:
+    """An array whose chunks, of ``chunk`` pixels a side and all bands, are still to be written."""
+    zarr = need("zarr", extra="io", purpose="writing zarr stores")
+    bands, rows, columns = shape
+    attributes: dict[str, Any] = {COMPLETE: True, "metadata": _as_json(metadata)}
+    if wavelengths is not None:
+        attributes["wavelengths"] = wavelengths.tolist()
+    return zarr.create_array(
+        path,
+        shape=shape,
+        dtype=dtype,
+        chunks=(bands, min(rows, chunk), min(columns, chunk)),
+        dimension_names=("band", "row", "column"),
+        attributes=attributes,
+        config={"write_empty_chunks": True},
+    )
 
 
 def is_zarr(path: Path) -> bool:
