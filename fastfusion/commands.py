@@ -25,7 +25,7 @@ from torch import Tensor
 from fastfusion import environment
 from fastfusion._optional import need
 from fastfusion._version import __version__
-from fastfusion.data.atomic import atomic_path
+from fastfusion.data.atomic import atomic_path, check_place
 from fastfusion.data.cube import Cube
 from fastfusion.data.files import read_cube, write_cube
 from fastfusion.data.scenes import load_scene
@@ -179,41 +179,41 @@ def _fuse_in_tiles(asked: argparse.Namespace, options: dict[str, Any]) -> None:
     srf = read_srf(asked.srf, hsi.wavelengths).float() if asked.srf else None
     psf = _degradation(asked.psf, scale)
     record_path = Path(asked.out.rstrip("/") + ".json")
-    with atomic_path(record_path) as temporary:
-        report = fuse_files(
-            asked.hsi,
-            asked.msi,
-            asked.out,
-            asked.method,
-            srf=srf,
-            psf=psf,
-            peak=asked.peak,
-            tile=asked.tile,
-            margin=asked.margin,
-            workers=asked.workers,
-            memory=4.0 if asked.memory is None else asked.memory,
-            scheduler=asked.scheduler,
-            backend=asked.backend,
-            device=asked.device or "cpu",
-            progress=asked.progress,
-            **options,
-        )
-        record = {
-            "fastfusion": __version__,
-            "method": asked.method,
-            "options": options,
-            "inputs": {"hsi": asked.hsi, "msi": asked.msi},
-            "sensors": {
-                "srf": "estimated" if srf is None else "given",
-                "psf": "estimated" if psf is None else "given",
-            },
-            **vars(report),
-            "outputs": [asked.out, str(record_path)],
-            "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            "environment": _environment(asked),
-        }
-        text = json.dumps(_without_nan(record), indent=2, allow_nan=False, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    check_place(record_path)
+    report = fuse_files(
+        asked.hsi,
+        asked.msi,
+        asked.out,
+        asked.method,
+        srf=srf,
+        psf=psf,
+        peak=asked.peak,
+        tile=asked.tile,
+        margin=asked.margin,
+        workers=asked.workers,
+        memory=4.0 if asked.memory is None else asked.memory,
+        scheduler=asked.scheduler,
+        backend=asked.backend,
+        device=asked.device or "cpu",
+        progress=asked.progress,
+        **options,
+    )
+    record = {
+        "fastfusion": __version__,
+        "method": asked.method,
+        "options": options,
+        "inputs": {"hsi": asked.hsi, "msi": asked.msi},
+        "sensors": {
+            "srf": "estimated" if srf is None else "given",
+            "psf": "estimated" if psf is None else "given",
+        },
+        **vars(report),
+        "outputs": [asked.out, str(record_path)],
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "environment": _environment(asked),
+    }
+    text = json.dumps(_without_nan(record), indent=2, allow_nan=False, ensure_ascii=False)
+    _write_text(record_path, text + "\n")
     seconds = sum(report.seconds.values())
     found = f", {report.found} of them found" if report.found else ""
     print(
