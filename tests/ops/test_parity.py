@@ -118,9 +118,21 @@ def skip_unless_built(backend: str, case: Case) -> None:
 
 
 # The reference is itself a row of the matrix: it must keep its own bounds in float32.
-@pairs(CASES)
+@pairs(CASES, interpreted=20_000)
 def test_float32(backend: str, case: Case) -> None:
     skip_unless_built(backend, case)
+    check(case, backend, torch.float32, "contiguous")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="for Triton's interpreter (test_triton.py)")
+@pairs(FIRST, reference=False)
+def test_the_tiles_of_a_gpu(backend: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has larger tiles of its own, so those of a GPU run once."""
+    if backend != "triton":
+        pytest.skip("no tiles")
+    from fastfusion.ops import triton
+
+    monkeypatch.setattr(triton, "architecture", lambda device: "sm_90")
     check(case, backend, torch.float32, "contiguous")
 
 
