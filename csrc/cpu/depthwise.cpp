@@ -13,12 +13,10 @@
 #include "depthwise_image.h"
 #include "depthwise_tile.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace fastfusion::FF_CAPABILITY {
 namespace {
-
-// Rows of the output (of one lattice) that are made at a time: as many as a tile can take.
-int64_t group_of(const FilterShape& shape) { return std::min<int64_t>(shape.rows, kTileRows); }
 
 // -- what happens to a line of sums ---------------------------------------------------------------
 
@@ -53,6 +51,15 @@ FF_INLINE V derivative(V x, Activation activation) {
     default:
       return broadcast(A(1));
   }
+}
+
+// Whether whole vectors of y should go past the caches, and can: all of them are aligned.
+template <typename A>
+bool can_stream(const Image& y) {
+  const auto aligned = [&](int64_t stride) { return stride % kLanes<A> == 0; };
+  return should_stream<A>(y.batch * y.channels * y.rows * y.columns) &&
+         reinterpret_cast<uintptr_t>(y.data) % kVectorBytes == 0 && aligned(y.batch_stride) &&
+         aligned(y.row_stride) && aligned(std::max(y.column_stride, y.channel_stride));
 }
 
 // y = activation(sums), in y's type.
@@ -110,23 +117,27 @@ void convolve_plane(const Image& x, const Filter<Accumulator<T>>& filter, const 
   const int64_t edge = filter.shape.column_padding(), rows = group_of(filter.shape);
   const int64_t width = round_up(x.columns, kLanes<A>);
   const int64_t ring_rows = (filter.shape.rows - 1 + rows) * dilation;
-  const int64_t ring_step = round_up(width + 2 * edge, 64 / sizeof(A)) + 64 / sizeof(A);
+  // Rows start at a whole vector, so that they are copied to aligned places.
+  const int64_t lead = round_up(edge, kLanes<A>);
+  const int64_t ring_step = round_up(lead + width + edge, 64 / sizeof(A)) + 64 / sizeof(A);
   const Buffer<A> ring(ring_rows * ring_step), sums(rows * width);
   std::fill_n(ring.get(), ring_rows * ring_step, A(0));
   std::vector<const A*> input(rows + filter.shape.rows - 1);
   const Image* direct = finish.direct();
+  const bool streaming = direct != nullptr && can_stream<A>(*direct);
 
   int64_t loaded = std::max<int64_t>(0, first - padding);
   for (int64_t group = first; group < last; group += rows * dilation) {
     const int64_t end = std::min(last, group + rows * dilation);
     for (; loaded < std::min(x.rows, end + padding); ++loaded)
       copy_columns<T>(x, b, channel, loaded, 0, x.columns,
-                      &ring[loaded % ring_rows * ring_step + edge]);
+                      &ring[loaded % ring_rows * ring_step + lead]);
     for (int64_t start = group; start < std::min(end, group + dilation); ++start) {
       const int64_t count = (end - start + dilation - 1) / dilation;
       for (int64_t i = 0; i < count + filter.shape.rows - 1; ++i) {
         const int64_t row = start - padding + i * dilation;
-        input[i] = row < 0 || row >= x.rows ? nullptr : &ring[row % ring_rows * ring_step];
+        input[i] =
+            row < 0 || row >= x.rows ? nullptr : &ring[row % ring_rows * ring_step + lead - edge];
       }
       Piece<A> piece{input.data(), count, x.columns, 1, 1, sums.get(), width, 1};
       piece.ahead = x.at<T>(b, channel, loaded + (start - group) * rows);
@@ -135,6 +146,7 @@ void convolve_plane(const Image& x, const Filter<Accumulator<T>>& filter, const 
       if (direct != nullptr) {
         piece.output = direct->at<A>(b, channel, start);
         piece.output_row_step = direct->row_stride * dilation;
+        piece.stream = streaming;
       }
       convolve(filter, channel, piece);
       if (direct != nullptr) continue;
@@ -160,6 +172,7 @@ void convolve_planes(const Image& x, const Filter<Accumulator<T>>& filter, const
       convolve_plane<T>(x, filter, finish, plane / x.channels, plane % x.channels, first,
                         std::min(x.rows, first + band));
     }
+    stream_fence();
   });
 }
 
@@ -176,8 +189,10 @@ class Blocks {
         filter_(filter),
         finish_(finish),
         edge_(filter.shape.column_padding()),
+        streaming_(finish.direct() != nullptr && can_stream<A>(*finish.direct())),
         readable_(std::is_same_v<T, A> && x.channels_dense()),
-        wide_(std::min(x.columns, std::max<int64_t>(32, 2 * edge_))),
+        wide_(std::min(x.columns, round_up(std::max<int64_t>(32, 2 * edge_),
+                                           kTileVectors * filter.shape.column_dilation))),
         channels_(filter.shape.rows * filter.shape.columns * x.channels <= 4096 ? x.channels
                                                                                 : kLane),
         pixel_(round_up(channels_, kLane)),
@@ -236,6 +251,7 @@ class Blocks {
       piece.output = direct->at<A>(b, channel, start, first);
       piece.output_row_step = direct->row_stride * dilation;
       piece.output_step = direct->column_stride;
+      piece.stream = streaming_;
     }
     convolve(filter_, channel, piece);
     if (direct != nullptr) return;
@@ -249,7 +265,7 @@ class Blocks {
   const Filter<A>& filter_;
   const Finish& finish_;
   int64_t edge_;
-  bool readable_;
+  bool streaming_, readable_;
   // Columns of a piece: so many that its halo costs little, so few that it stays in the cache.
   int64_t wide_;
   // Channels that are taken together: all, where their filters stay in the cache, because pixels
@@ -272,6 +288,7 @@ void convolve_blocks(const Image& x, const Filter<Accumulator<T>>& filter, const
       for (int64_t start = first; start < std::min(last, first + dilation); ++start)
         blocks.lattice(unit / groups, start, last);
     }
+    stream_fence();
   });
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "stream.h"
+
 namespace fastfusion::FF_CAPABILITY {
 namespace {
 
@@ -9,34 +11,48 @@ namespace {
 template <typename A>
 struct Tile {
   const A* const* input;  // rows, as in Piece
+  int64_t columns;        // of this tile and those after it in its rows
   int64_t offset;         // of the tile's first column in them
   const A* weight;
   const A* bias;
   int64_t kernel_rows, kernel_columns;
-  int64_t tap_step;     // from a tap column to the next, in the input
-  int64_t vector_step;  // from a vector to the next, in the input
+  int64_t tap_step;  // from a tap column to the next, in the input
+  // From a vector to the next; along the columns they lie side by side.
+  int64_t input_vector_step, output_vector_step;
   A* output;
-  int64_t output_row_step, output_vector_step;
+  int64_t output_row_step;
   const char* ahead;  // what is fetched ahead, in bytes
   int64_t ahead_row_step, ahead_vector_step;
   // How many lanes of the output's vectors are real: of all of them across the channels, of the
   // last along the columns.
   int lanes;
+  bool stream;  // as in Piece
+
+  template <bool kAcross>
+  int64_t input_step() const {
+    return kAcross ? input_vector_step : kLanes<A>;
+  }
+  template <bool kAcross>
+  int64_t output_step() const {
+    return kAcross ? output_vector_step : kLanes<A>;
+  }
 };
 
 // Add the taps of one input row to the output rows First to Last - 1, for which it is the filter's
 // row (input row - output row).
-template <bool kAcross, int First, int Last, typename A, int R, int V>
+template <bool kAcross, int First, int Last, int K, typename A, int R, int V>
 FF_INLINE void add_row(Vector<A> (&sums)[R][V], const Tile<A>& tile, int64_t row) {
   constexpr int kStep = kAcross ? kLanes<A> : 1;
+  constexpr bool kKnown = K > 0 && !kAcross;  // unrolled code pays along the columns only
   const A* x = tile.input[row];
   if (x == nullptr) return;
   x += tile.offset;
   const A* w = tile.weight + row * kStep;
-  for (int64_t tap = 0; tap < tile.kernel_columns; ++tap) {
+  const int64_t columns = kKnown ? K : tile.kernel_columns, step = kKnown ? K : tile.kernel_rows;
+  for (int64_t tap = 0; tap < columns; ++tap) {
     Vector<A> values[V];
     unroll<V>([&](auto v) FF_INLINED {
-      values[v] = load(x + v * tile.vector_step);
+      values[v] = load(x + v * tile.template input_step<kAcross>());
       if constexpr (Last - First > 1) pin(values[v]);
     });
     unroll<Last - First>([&](auto i) FF_INLINED {
@@ -50,45 +66,68 @@ FF_INLINE void add_row(Vector<A> (&sums)[R][V], const Tile<A>& tile, int64_t row
       unroll<V>([&](auto v) FF_INLINED { sums[r][v] = fma(values[v], weight, sums[r][v]); });
     });
     x += tile.tap_step;
-    w += tile.kernel_rows * kStep;
+    w += step * kStep;
   }
 }
 
 // How many pixels ahead the input is fetched.
 constexpr int kAhead = 6;
 
-// R must not exceed the filter's rows.
-template <typename A, bool kAcross, int R, int V>
-void run(const Tile<A>& tile) {
-  // A small filter is done before memory answers, so ask early: for the lines that the next tile
-  // will write and, across the channels (where no hardware guesses the pattern), for pixels of the
-  // rows that this lattice is the first to read.
-  unroll<R>([&](auto r) FF_INLINED {
-    unroll<V>([&](auto v) FF_INLINED {
-      __builtin_prefetch(tile.output + r * tile.output_row_step + (V + v) * tile.output_vector_step,
-                         1);
-      if constexpr (kAcross) {
-        const A* row = tile.input[tile.kernel_rows - 1 + r];
-        __builtin_prefetch(row + tile.offset + (kAhead + v) * tile.vector_step);
-      } else {
-        __builtin_prefetch(tile.ahead + r * tile.ahead_row_step + v * tile.ahead_vector_step);
-      }
-    });
-  });
+// A small filter is done before memory answers, so ask early: for the lines that the next tile will
+// write and, across the channels (where no hardware guesses the pattern), for pixels of the rows
+// that this lattice is the first to read. One row at a time, between the sums: all at once would
+// fill the queue of misses and wait.
+template <bool kAcross, int V, typename A>
+FF_INLINE void fetch_row(const Tile<A>& tile, int64_t r) {
+  const int64_t input_step = tile.template input_step<kAcross>();
+  const int64_t output_step = tile.template output_step<kAcross>();
+  if (!tile.stream) {
+    const A* row = tile.output + r * tile.output_row_step + V * output_step;
+    unroll<V>([&](auto v) FF_INLINED { __builtin_prefetch(row + v * output_step, 1); });
+  }
+  if constexpr (kAcross) {
+    const A* row = tile.input[tile.kernel_rows - 1 + r] + tile.offset + kAhead * input_step;
+    unroll<V>([&](auto v) FF_INLINED { __builtin_prefetch(row + v * input_step); });
+  } else {
+    const char* row = tile.ahead + r * tile.ahead_row_step;
+    unroll<V>([&](auto v) FF_INLINED { __builtin_prefetch(row + v * kVectorBytes); });
+  }
+}
+
+// The filter is K x K or, where K is 0, has at least R rows.
+template <typename A, bool kAcross, int R, int V, int K>
+void run(const Tile<A> tile) {
   Vector<A> sums[R][V];
   const Vector<A> bias = kAcross ? load(tile.bias) : broadcast(*tile.bias);
   unroll<R>([&](auto r) FF_INLINED { unroll<V>([&](auto v) FF_INLINED { sums[r][v] = bias; }); });
 
-  unroll<R - 1>([&](auto i) FF_INLINED { add_row<kAcross, 0, i + 1>(sums, tile, i); });
-  for (int64_t row = R - 1; row < tile.kernel_rows; ++row) add_row<kAcross, 0, R>(sums, tile, row);
-  unroll<R - 1>([&](auto i)
-                    FF_INLINED { add_row<kAcross, i + 1, R>(sums, tile, tile.kernel_rows + i); });
+  if constexpr (K > 0) {
+    unroll<R + K - 1>([&](auto i) FF_INLINED {
+      if constexpr (i < R) fetch_row<kAcross, V>(tile, i);
+      add_row<kAcross, std::max(0, i - K + 1), std::min(R, i + 1), K>(sums, tile, i);
+    });
+  } else {
+    unroll<R - 1>([&](auto i) FF_INLINED {
+      fetch_row<kAcross, V>(tile, i);
+      add_row<kAcross, 0, i + 1, K>(sums, tile, i);
+    });
+    fetch_row<kAcross, V>(tile, R - 1);
+    for (int64_t row = R - 1; row < tile.kernel_rows; ++row)
+      add_row<kAcross, 0, R, K>(sums, tile, row);
+    unroll<R - 1>([&](auto i) FF_INLINED {
+      add_row<kAcross, i + 1, R, K>(sums, tile, tile.kernel_rows + i);
+    });
+  }
 
-  const auto store_all = [&](auto whole) FF_INLINED {
+  const int64_t output_step = tile.template output_step<kAcross>();
+  enum { kPart, kWhole, kStream };
+  const auto store_all = [&](auto how) FF_INLINED {
     unroll<R>([&](auto r) FF_INLINED {
       unroll<V>([&](auto v) FF_INLINED {
-        A* to = tile.output + r * tile.output_row_step + v * tile.output_vector_step;
-        if constexpr (whole || (!kAcross && v < V - 1)) {
+        A* to = tile.output + r * tile.output_row_step + v * output_step;
+        if constexpr (how == kStream) {
+          stream(to, sums[r][v]);
+        } else if constexpr (how == kWhole || (!kAcross && v < V - 1)) {
           store(to, sums[r][v]);
         } else {
           store(to, sums[r][v], tile.lanes);
@@ -96,24 +135,26 @@ void run(const Tile<A>& tile) {
       });
     });
   };
-  if (tile.lanes == kLanes<A>) {
-    store_all(std::true_type());
+  if (tile.lanes < kLanes<A>) {
+    store_all(std::integral_constant<int, kPart>());
+  } else if (tile.stream) {
+    store_all(std::integral_constant<int, kStream>());
   } else {
-    store_all(std::false_type());
+    store_all(std::integral_constant<int, kWhole>());
   }
 }
 
-template <typename A, bool kAcross, int R>
+template <typename A, bool kAcross, int R, int K>
 void run_rows(Tile<A> tile, const Piece<A>& piece) {
   constexpr int kAlong = kAcross ? 1 : kLanes<A>;  // columns in a vector
-  int64_t left = piece.columns;
+  int64_t left = tile.columns;
   const auto advance = [&](auto v) FF_INLINED {
     constexpr int V = v;
     if constexpr (kAcross) {
       Tile<A> block = tile;
       for (int64_t done = 0; done < piece.channels; done += kLanes<A>) {
         block.lanes = static_cast<int>(std::min<int64_t>(piece.channels - done, kLanes<A>));
-        run<A, kAcross, R, V>(block);
+        run<A, kAcross, R, V, K>(block);
         block.offset += kLanes<A>;
         block.output += kLanes<A>;
         block.bias += kLanes<A>;
@@ -121,11 +162,11 @@ void run_rows(Tile<A> tile, const Piece<A>& piece) {
       }
     } else {
       tile.lanes = static_cast<int>(std::min<int64_t>(left - (V - 1) * kAlong, kAlong));
-      run<A, kAcross, R, V>(tile);
+      run<A, kAcross, R, V, K>(tile);
       tile.ahead += V * tile.ahead_vector_step;
     }
-    tile.offset += V * tile.vector_step;
-    tile.output += V * tile.output_vector_step;
+    tile.offset += V * tile.template input_step<kAcross>();
+    tile.output += V * tile.template output_step<kAcross>();
     left -= V * kAlong;
   };
   while (left > (kTileVectors - 1) * kAlong) advance(std::integral_constant<int, kTileVectors>());
@@ -135,42 +176,49 @@ void run_rows(Tile<A> tile, const Piece<A>& piece) {
   while (left > 0) advance(std::integral_constant<int, 1>());
 }
 
+// How many rows of `left` are done together.
+template <typename A, bool kAcross, int K>
+int run_most_rows(const Tile<A>& tile, const Piece<A>& piece, int64_t left) {
+  if (K == 0) left = std::min(left, tile.kernel_rows);
+  if (left >= kTileRows) return run_rows<A, kAcross, kTileRows, K>(tile, piece), kTileRows;
+  if (left >= 4) return run_rows<A, kAcross, 4, K>(tile, piece), 4;
+  if (left >= 2) return run_rows<A, kAcross, 2, K>(tile, piece), 2;
+  return run_rows<A, kAcross, 1, K>(tile, piece), 1;
+}
+
+// The columns first, first + step, ... of a piece.
 template <typename A, bool kAcross>
-void convolve_piece(const Filter<A>& filter, int64_t channel, const Piece<A>& piece) {
-  constexpr int kAlong = kAcross ? 1 : kLanes<A>;
+void convolve_columns(const Filter<A>& filter, int64_t channel, const Piece<A>& piece,
+                      int64_t first, int64_t step) {
+  const int64_t along = kAcross ? step : kLanes<A>;  // columns from a vector to the next
   Tile<A> tile;
   tile.input = piece.input;
-  tile.offset = 0;
+  tile.columns = (piece.columns - first + step - 1) / step;
+  tile.offset = first * piece.input_step;
   tile.weight = filter.weight_of(channel);
   tile.bias = filter.bias_of(channel);
   tile.kernel_rows = filter.shape.rows;
   tile.kernel_columns = filter.shape.columns;
   tile.tap_step = filter.shape.column_dilation * piece.input_step;
-  tile.vector_step = piece.input_step * kAlong;
-  tile.output = piece.output;
+  tile.input_vector_step = piece.input_step * along;
+  tile.output = piece.output + first * piece.output_step;
   tile.output_row_step = piece.output_row_step;
-  tile.output_vector_step = piece.output_step * kAlong;
+  tile.output_vector_step = piece.output_step * along;
   tile.ahead = static_cast<const char*>(piece.ahead);
   tile.ahead_row_step = piece.ahead_row_step;
-  tile.ahead_vector_step = piece.ahead_step * kAlong;
-  int64_t left = piece.count;
-  while (left > 0) {
-    const int64_t rows = std::min(left, filter.shape.rows);
-    int64_t taken;
-    if (rows >= kTileRows) {
-      run_rows<A, kAcross, kTileRows>(tile, piece);
-      taken = kTileRows;
-    } else if (rows == 3) {
-      run_rows<A, kAcross, 3>(tile, piece);
-      taken = 3;
-    } else if (rows == 2) {
-      run_rows<A, kAcross, 2>(tile, piece);
-      taken = 2;
-    } else {
-      run_rows<A, kAcross, 1>(tile, piece);
-      taken = 1;
+  tile.ahead_vector_step = piece.ahead_step * along;
+  tile.stream = piece.stream;
+  for (int64_t left = piece.count, taken; left > 0; left -= taken) {
+    switch (filter.shape.rows == filter.shape.columns ? filter.shape.rows : 0) {
+      case 3:
+        taken = run_most_rows<A, kAcross, 3>(tile, piece, left);
+        break;
+      case 5:
+        taken = run_most_rows<A, kAcross, 5>(tile, piece, left);
+        break;
+      default:
+        taken = run_most_rows<A, kAcross, 0>(tile, piece, left);
     }
-    left -= taken;
     tile.input += taken;
     tile.output += taken * tile.output_row_step;
   }
@@ -180,11 +228,16 @@ void convolve_piece(const Filter<A>& filter, int64_t channel, const Piece<A>& pi
 
 template <typename A>
 void convolve(const Filter<A>& filter, int64_t channel, const Piece<A>& piece) {
-  if (filter.across) {
-    convolve_piece<A, true>(filter, channel, piece);
-  } else {
-    convolve_piece<A, false>(filter, channel, piece);
-  }
+  if (!filter.across) return convolve_columns<A, false>(filter, channel, piece, 0, 1);
+  // Where the pixels that a tile reads are too many for the first-level cache, the lattices of
+  // columns go one after another: then its taps fall on the same pixels.
+  int64_t dilation = filter.shape.column_dilation;
+  const int64_t pixels =
+      (filter.shape.rows + kTileRows - 1) * (kTileVectors + (filter.shape.columns - 1) * dilation);
+  if (pixels * round_up(piece.channels, kLanes<A>) * static_cast<int64_t>(sizeof(A)) <= 24 << 10)
+    dilation = 1;
+  for (int64_t first = 0; first < std::min(dilation, piece.columns); ++first)
+    convolve_columns<A, true>(filter, channel, piece, first, dilation);
 }
 
 template void convolve(const Filter<float>&, int64_t, const Piece<float>&);

@@ -124,12 +124,16 @@ void copy_pixels(const Image& x, int64_t b, int64_t channel, int64_t channels, i
 
 // -- the tiles ------------------------------------------------------------------------------------
 
-// Sums in registers: 16 of the 32 that AVX-512 and Arm have, 8 of the 16 of the others.
+// Sums in registers: 24 of the 32 that AVX-512 and Arm have, 12 of the 16 of the others; the rest
+// holds a vector of weights and those of the input. The more rows, the fewer loads for each sum.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 4, kTileVectors = 4;
+constexpr int kTileRows = 6, kTileVectors = 4;
 #else
-constexpr int kTileRows = 4, kTileVectors = 2;
+constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
+
+// Rows of the output (of one lattice) that are made at a time: as many as a tile can take.
+inline int64_t group_of(const FilterShape& shape) { return shape.rows < 3 ? 1 : kTileRows; }
 
 // A piece of some lattice rows of the output.
 template <typename A>
@@ -150,6 +154,8 @@ struct Piece {
   // Along the columns: where the input of the rows after these comes from, to be fetched ahead.
   const void* ahead = nullptr;
   int64_t ahead_row_step = 0, ahead_step = 0;  // in bytes
+  // Store whole vectors past the caches; they must be aligned. The caller calls stream_fence().
+  bool stream = false;
 };
 
 // Convolve a piece for `channel`, or for the channels that start there.

@@ -110,7 +110,7 @@ class Strip {
 
   // How many rows go through context at a time: what a tile of each lattice takes.
   static int64_t group_rows(const FilterShape& context) {
-    return std::min<int64_t>(context.rows, kTileRows) * context.row_dilation;
+    return group_of(context) * context.row_dilation;
   }
 
   // A band must start at a multiple of group_rows.

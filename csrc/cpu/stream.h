@@ -21,6 +21,20 @@ FF_INLINE bool should_stream(int64_t count) {
   return count * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
 }
 
+// Store a vector to an aligned place that will not be read soon. End with stream_fence().
+template <typename V>
+FF_INLINE void stream(void* to, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(v));
+#elif defined(__x86_64__)
+  _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(v));
+#else
+  std::memcpy(to, &v, sizeof(v));
+#endif
+}
+
 // Copy bytes to memory that will not be read soon. End with stream_fence() in the same thread.
 inline void stream_copy(void* to, const void* from, size_t bytes) {
 #if defined(__x86_64__)
