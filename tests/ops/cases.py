@@ -146,6 +146,8 @@ def _depthwise() -> list[Case]:
         ((1, 3, 40, 21), (31, 31), 1, None, True),
         ((1, 2, 10, 66), (1, 63), 1, None, False),
         ((2, 32, 16, 17), (3, 3), (4, 2), "relu", True),
+        ((1, 4, 26, 70), (5, 5), 2, None, True),
+        ((2, 3, 40, 36), (41, 35), 1, None, True),  # by the transform
     ]
     cases = []
     for size, kernel, dilation, activation, bias in rows:

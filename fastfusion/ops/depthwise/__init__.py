@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfusion.ops import checks
-from fastfusion.ops.depthwise import reference
+from fastfusion.ops.depthwise import reference, transform
 from fastfusion.ops.operator import Operator, image_like
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")
@@ -97,6 +97,7 @@ multiscale = Operator(
 for _operator in (depthwise, attention, multiscale):
     _operator.add_cpp()
     _operator.add_triton("fastfusion.ops.depthwise.kernels")
+depthwise.backends["cpp"] = transform.where_faster(depthwise.backends["cpp"])
 
 
 def _check_filter(name: str, weight: Tensor, channels: int, like: Tensor) -> None:
