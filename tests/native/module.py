@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -59,7 +60,9 @@ def load(source: Path, capability: str) -> ModuleType:
         str(source),
     ]
     digest = hashlib.sha256(" ".join([sys.version, *command]).encode())
-    for path in sorted([source, *(CSRC / "cpu").glob("*.h")]):
+    included = re.findall(r'#include "(\w+\.cpp)"', source.read_text())
+    kernels = [CSRC / "cpu" / name for name in included]
+    for path in sorted([source, *kernels, *(CSRC / "cpu").glob("*.h")]):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"fastfusion-native-tests-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
