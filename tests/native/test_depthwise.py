@@ -101,7 +101,9 @@ def test_tiles(native, suffix, dtype, bound, kernel, dilation, across) -> None:
         held = x * np.array(present)[:, None, None]
         expected = np.stack(
             [
-                signal.correlate(held[..., c], spread(weight[c], (1, dilation)), mode="valid")
+                signal.correlate(
+                    held[..., c].astype(float), spread(weight[c], (1, dilation)), mode="valid"
+                )
                 + bias[c]
                 for c in range(channels)
             ],
