@@ -65,6 +65,7 @@ struct Product {
   void columns_of(int64_t column) const {
     int64_t row = 0;
     for (; row + kTileRows <= rows; row += kTileRows) tile<kTileRows, V>(row, column);
+    for (; row + 4 <= rows; row += 4) tile<4, V>(row, column);
     for (; row < rows; ++row) tile<1, V>(row, column);
   }
   void run() const {
@@ -154,7 +155,7 @@ class Strip {
   }
 
  private:
-  static constexpr int64_t kStep = 8;
+  static constexpr int64_t kStep = kTileRows;
 
   void make(int64_t b, int64_t first, int64_t last, int64_t left, int64_t right) {
     const int64_t rows = local_.shape.row_padding(), columns = local_.shape.column_padding();
