@@ -8,51 +8,22 @@
 
 #include "../cpu/depthwise.h"
 #include "../cpu/parallel.h"
-#include "tensors.h"
+#include "torch_calls.h"
 
 namespace fastfusion {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-
-// -- what torch offers by name --------------------------------------------------------------------
-
-template <typename... Args>
-Tensor call(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 using torch::stable::matmul;
 using torch::stable::select;
-using Sizes = std::vector<int64_t>;
 // How a transform is scaled.
 constexpr int64_t kNotScaled = 0, kByLength = 2;
 
 Tensor as_real(const Tensor& x) { return call("aten::view_as_real", "", x); }
 Tensor as_complex(const Tensor& x) { return call("aten::view_as_complex", "", x); }
-Tensor times(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
-Tensor plus(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
-Tensor shaped(const Tensor& x, const Sizes& shape) { return torch::stable::reshape(x, shape); }
-Tensor total(const Tensor& x, const Sizes& dims) { return torch::stable::sum(x, dims); }
-
-// What the kernels compute with: contiguous, float or double, and nothing of autograd's, which the
-// threads of the pool would otherwise record for.
-Tensor wide(const Tensor& given) {
-  const Tensor x = call("aten::detach", "", given);
-  const bool low = x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
-  return torch::stable::contiguous(low ? torch::stable::to(x, ScalarType::Float) : x);
-}
-MaybeTensor wide(const MaybeTensor& x) { return x ? MaybeTensor(wide(*x)) : x; }
 
 // The result in the dtype of `like`, and in its layout where it is an image.
 Tensor result(const Tensor& y, const Tensor& like, bool is_image) {
-  const Tensor cast =
-      y.scalar_type() == like.scalar_type() ? y : torch::stable::to(y, like.scalar_type());
-  return is_image ? torch::stable::contiguous(cast, layout_of(like))
-                  : torch::stable::contiguous(cast);
+  return narrow(y, like, is_image ? layout_of(like) : MemoryFormat::Contiguous);
 }
 
 bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastfusion.data.estimation import estimate_sensors, pair_moments
 from fastfusion.data.sensors import Degradation, apply_srf, fold
+from fastfusion.ops.local_map import local_map
 
 __all__ = ["Regression", "RegressionModel", "regression"]
 
@@ -301,14 +302,16 @@ class RegressionModel:
         for start in range(0, len(fused), BANDS_AT_A_TIME):
             bands = slice(start, start + BANDS_AT_A_TIME)
             slopes, offset = low.coefficients(bands)
-            out = fused[bands]
-            out.copy_(upsample(offset, scale, centre, boundary, linear))
-            for guide in range(len(hr_msi)):
-                slope = upsample(slopes[guide], scale, centre, boundary, linear)
-                out.addcmul_(slope, hr_msi[guide])
-                if self.local:
-                    slope *= self.sharpness[bands, None, None].to(slope)
-                    out.addcmul_(slope, detail[guide])
+            maps, first = surrounded(torch.cat([offset[None], slopes]), scale, centre, boundary)
+            sharpness = self.sharpness[bands].to(maps)
+            fused[bands] = local_map(
+                maps.transpose(0, 1)[None],
+                hr_msi[None],
+                detail[None] if self.local else None,
+                sharpness if self.local else None,
+                scale=scale,
+                first=first,
+            )[0]
         return self.refine(fused, lr_hsi, hr_msi)
 
     def refine(self, fused: Tensor, lr_hsi: Tensor, hr_msi: Tensor) -> Tensor:
@@ -495,8 +498,21 @@ def predict(slopes: Tensor, offset: Tensor | float, guides: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def linear(distance: Tensor) -> Tensor:
-    return (1 - distance.abs()).clamp_min(0)
+def surrounded(
+    maps: Tensor, scale: int, centre: tuple[float, float], boundary: str
+) -> tuple[Tensor, tuple[float, float]]:
+    """``maps (..., h, w)`` with what lies beyond their edges, as far as pixels of the full grid do;
+    and where their first sample then lies there."""
+    boundary = _without_zeros(boundary)
+    first = []
+    for dim, start in ((-2, centre[0]), (-1, centre[1])):
+        low = maps.shape[dim]
+        before = max(math.ceil(start / scale), 0)
+        behind = max(math.ceil((scale - 1 - start) / scale), 0)
+        index = fold(torch.arange(-before, low + behind), low, boundary)
+        maps = maps.index_select(dim, index.to(maps.device))
+        first.append(start - before * scale)
+    return maps, (first[0], first[1])
 
 
 def cubic(distance: Tensor) -> Tensor:
@@ -513,7 +529,7 @@ def upsample(
     """Interpolate ``cube (..., h, w)`` to ``(..., h*scale, w*scale)``.
 
     Its first sample lies at pixel ``centre`` of the full grid (see `Degradation.centre`), so that
-    nothing is shifted; ``kernel`` is `linear` or `cubic`.
+    nothing is shifted; ``kernel`` weighs samples by their distance.
     """
     boundary = _without_zeros(boundary)
     for dim, first in ((-1, centre[1]), (-2, centre[0])):

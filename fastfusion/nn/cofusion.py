@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastfusion import ops
 from fastfusion.nn.blocks import ResidualBlock, conv3x3, doubled, redraw
 from fastfusion.nn.layers import CoordinateMixing, DepthwiseConv2d, MultiscaleAttention
-from fastfusion.ops import checks
+from fastfusion.ops import checks, haar
 
 DILATIONS = (1, 2, 4)
 GROUPS = 4
@@ -174,19 +174,25 @@ class SpeCAM(nn.Module):
         nn.init.zeros_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = ops.haar_split2d(x)
-        low, high = self.low(low), self.high(high)
-        maxima = torch.cat([low.amax((2, 3)), high.amax((2, 3))], dim=1)
-        gate = self._gate(self.maxima(maxima))
         alpha = self.alpha.sigmoid()
-        mixed = low * (gate * alpha) + high * (gate * (1 - alpha))
+        if haar.fuses_spectral_stage(x):
+            filters = self.low.weight, self.low.bias, self.high.weight, self.high.bias
+            gate = self._gate(self.maxima(haar.spectral_maxima(x, *filters)))
+            mixed = haar.spectral_mix(x, *filters, gate * alpha, gate * (1 - alpha))
+        else:
+            low, high = ops.haar_split2d(x)
+            low, high = self.low(low), self.high(high)
+            maxima = torch.cat([low.amax((2, 3)), high.amax((2, 3))], dim=1)
+            gate = self._gate(self.maxima(maxima))
+            gate = gate[..., None, None]
+            mixed = low * (gate * alpha) + high * (gate * (1 - alpha))
         return x + self.pointwise(self.middle(mixed))
 
     def _gate(self, maxima: Tensor) -> Tensor:
-        """Stage 2: the attention ``a (B, C, 1, 1)`` of the maxima ``(B, 2C)``."""
+        """Stage 2: the attention ``a (B, C)`` of the maxima ``(B, 2C)``."""
         left, right = self.expand(F.gelu(self.gather(maxima))).chunk(2, dim=-1)
         candidates = F.relu(left[:, :, None] * right[:, None, :])
-        return self.gate(self.mixing(candidates)).sigmoid()[..., None, None]
+        return self.gate(self.mixing(candidates)).sigmoid()
 
 
 class SSCFM(nn.Module):

@@ -394,7 +394,8 @@ class Operator:
 
     def _empty(self, inputs: Sequence[Any]) -> bool:
         """Whether there is nothing to compute: an image with no pixel or a batch with no image."""
-        return any(inputs[index].numel() == 0 for index in self._batched)
+        given = (inputs[index] for index in self._batched)
+        return any(value is not None and value.numel() == 0 for value in given)
 
     # -- autograd ------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fastfusion import nn
+from fastfusion.ops import haar
 from tests.closeness import assert_close, relative_error
 
 BLOCKS = {
@@ -106,6 +107,22 @@ def test_specam(rows):
     middle = depthwise(block.middle, parts[0] * a * alpha + parts[1] * a * (1 - alpha))
     expected = x + pointwise(block.pointwise, middle)
     assert_close(block(x), expected, 1e-12, "SpeCAM")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_specam_runs_its_first_stage_in_one_pass(monkeypatch, fused):
+    if fused and haar.mix.why_no_cpp() is not None:
+        pytest.skip(f"cpp: {haar.mix.why_no_cpp()}")
+    block, x = nn.SpeCAM(8).double(), image(9).requires_grad_()
+    y = block(x)
+    expected = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
+    monkeypatch.setattr(haar, "fuses_spectral_stage", lambda x: fused)
+    called = []
+    monkeypatch.setattr(haar.mix, "op", lambda *a, op=haar.mix.op: called.append(1) or op(*a))
+    found = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+    assert bool(called) == fused
+    for value, truth in zip(found, expected, strict=True):
+        assert_close(value, truth, 1e-10, "gradient")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfusion import ops
-from fastfusion.ops.haar import _spectral_maxima
+from fastfusion.ops.haar import spectral_maxima, spectral_mix
 from fastfusion.ops.operator import OPERATORS
 from tests.closeness import assert_close, relative_error
 
@@ -81,7 +81,7 @@ def stage(size: tuple[int, ...], shift: float = 0.0, seed: int = 0) -> list[Tens
 
 def gradients(tensors: list[Tensor], backend: str) -> list[Tensor]:
     inputs = [value.detach().requires_grad_() for value in tensors]
-    maxima = _spectral_maxima(*inputs, backend=backend)
+    maxima = spectral_maxima(*inputs, backend=backend)
     generator = torch.Generator().manual_seed(5)
     seed = torch.randn(maxima.shape, generator=generator).bfloat16().to(maxima.dtype)
     return [maxima, *torch.autograd.grad(maxima, inputs, seed)]
@@ -118,7 +118,7 @@ def test_maxima_are_those_of_their_parts():
         (KERNELS, torch.float32, 1e-6),
     ):
         inputs = [t.to(dtype) for t in (x, low_weight, low_bias, high_weight, high_bias)]
-        assert_close(_spectral_maxima(*inputs, backend=backend), expected, bound, backend)
+        assert_close(spectral_maxima(*inputs, backend=backend), expected, bound, backend)
 
 
 def test_equal_maxima_give_the_gradient_to_the_first():
@@ -142,8 +142,8 @@ def test_special_values_in_the_image(value, layout):
     tensors[0][0, 1, 3, 5] = value
     tensors[0] = tensors[0].contiguous(memory_format=layout)
     found, expected = (
-        _spectral_maxima(*tensors, backend=KERNELS),
-        _spectral_maxima(*tensors, backend="reference"),
+        spectral_maxima(*tensors, backend=KERNELS),
+        spectral_maxima(*tensors, backend="reference"),
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert not found.isfinite().all()
@@ -155,7 +155,7 @@ def test_maxima_without_biases_and_with_some_gradients_only():
         results = []
         for backend in (KERNELS, "reference"):
             tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate((x, low, high))]
-            maxima = _spectral_maxima(
+            maxima = spectral_maxima(
                 tensors[0], tensors[1], None, tensors[2], None, backend=backend
             )
             leaves = [tensors[i] for i in sorted(wanted)]
@@ -167,7 +167,7 @@ def test_maxima_without_biases_and_with_some_gradients_only():
 @pytest.mark.skipif(INTERPRETED, reason="no float64 in Triton")
 def test_maxima_pass_gradcheck():
     tensors = [value.requires_grad_() for value in stage((1, 2, 4, 5))]
-    assert torch.autograd.gradcheck(lambda *t: _spectral_maxima(*t, backend=KERNELS), tensors)
+    assert torch.autograd.gradcheck(lambda *t: spectral_maxima(*t, backend=KERNELS), tensors)
 
 
 def test_threads_change_no_bit_of_the_maxima():
@@ -182,3 +182,89 @@ def test_threads_change_no_bit_of_the_maxima():
         torch.set_num_threads(before)
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
+
+
+def mixed(tensors: list[Tensor], backend: str) -> list[Tensor]:
+    """The mixture and all gradients."""
+    inputs = [value.detach().requires_grad_() for value in tensors]
+    y = spectral_mix(*inputs, backend=backend)
+    generator = torch.Generator().manual_seed(5)
+    seed = torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype)
+    return [y, *torch.autograd.grad(y, inputs, seed)]
+
+
+def gated(size: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    gates = torch.rand(2, *size[:2], generator=generator, dtype=torch.float64)
+    return [*stage(size), *gates]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(2, 3, 8, 8), (1, 5, 7, 9), (1, 1, 1, 1), (2, 4, 1, 6), (1, 20, 12, 71), (1, 2, 5, 1101)],
+)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixture(size, layout, dtype):
+    tensors = [value.to(dtype) for value in gated(size)]
+    tensors[0] = tensors[0].contiguous(memory_format=layout)
+    expected = mixed([value.double() for value in tensors], "reference")
+    plain, found = mixed(tensors, "reference"), mixed(tensors, "cpp")
+    for index, (value, truth) in enumerate(zip(found, expected, strict=True)):
+        assert value.dtype == dtype
+        bound = {torch.float32: 1e-5 if index else 2e-6, torch.float64: 1e-12}.get(
+            dtype, 1.5 * relative_error(plain[index], truth)
+        )
+        assert_close(value, truth, bound, f"result {index}")
+
+
+def test_mixture_of_any_strides():
+    tensors = gated((2, 6, 9, 10))
+    expected = spectral_mix(*tensors, backend="reference")
+    wide = torch.full((2, 6, 9, 20), float("nan"), dtype=torch.float64)
+    wide[..., ::2] = tensors[0]
+    sliced = torch.full((2, 9, 10, 7), float("nan"), dtype=torch.float64)
+    sliced[..., :6] = tensors[0].permute(0, 2, 3, 1)
+    for x in (wide[..., ::2], sliced[..., :6].permute(0, 3, 1, 2), tensors[0].mT.clone().mT):
+        assert_close(spectral_mix(x, *tensors[1:], backend="cpp"), expected, 1e-12, "strides")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_stay_in_place_in_the_mixture(value):
+    tensors = [t.float() for t in gated((1, 3, 9, 8))]
+    tensors[0][0, 1, 3, 5] = value
+    expected = spectral_mix(*tensors, backend="reference")
+    found = spectral_mix(*tensors, backend="cpp")
+    good = expected.isfinite()
+    assert not good.all()
+    assert torch.equal(found.isfinite(), good)
+    assert_close(found[good], expected[good], 1e-5, "finite part")
+
+
+def test_mixture_passes_gradcheck_and_opcheck():
+    tensors = [value.requires_grad_() for value in gated((1, 2, 4, 5))]
+    assert torch.autograd.gradcheck(lambda *t: spectral_mix(*t, backend="cpp"), tensors)
+    torch.library.opcheck(torch.ops.fastfusion.spectral_mix.default, (*tensors, "auto"))
+
+
+def test_mixture_without_biases_and_with_some_gradients_only():
+    x, low, _, high, _, *gates = gated((2, 4, 6, 6))
+    for wanted in ({0}, {1}, {2}, {3}, {0, 2}):
+        results = []
+        for backend in ("cpp", "reference"):
+            leaves = [
+                t.detach().requires_grad_(i in wanted) for i, t in enumerate((x, low, high, *gates))
+            ]
+            a, b, c, *d = leaves
+            y = spectral_mix(a, b, None, c, None, *d, backend=backend)
+            results.append(torch.autograd.grad(y.sum(), [leaves[i] for i in sorted(wanted)]))
+        for value, truth in zip(*results, strict=True):
+            assert_close(value, truth, 1e-12, str(wanted))
+
+
+def test_mixture_says_what_is_wrong():
+    tensors = gated((2, 3, 4, 4))
+    with pytest.raises(ValueError, match="low_gate"):
+        spectral_mix(*tensors[:5], tensors[5][:1], tensors[6])
+    with pytest.raises(ValueError, match="high_weight"):
+        spectral_mix(*tensors[:3], tensors[3][:1], *tensors[4:])

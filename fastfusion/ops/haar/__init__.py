@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastfusion.ops import checks
@@ -71,8 +72,21 @@ maxima = Operator(
     batched=("x",),
     autocast="lower",
 )
-for _operator in (dwt, idwt, split, maxima):
+mix = Operator(
+    "spectral_mix(Tensor x, Tensor low_weight, Tensor? low_bias, Tensor high_weight,"
+    " Tensor? high_bias, Tensor low_gate, Tensor high_gate) -> Tensor",
+    reference=reference.spectral_mix,
+    fake=lambda x, *rest: image_like(x),
+    # The split, two filters of nine taps, two products and a sum.
+    flops=lambda x, *rest: 8 * _blocks(x) + 39 * _pixels(x),
+    # The bands again, their gradients, and those of the filters.
+    backward_flops=lambda x, *rest, wanted: 20 * _blocks(x) + (4 + 3 * 36) * _pixels(x),
+    batched=("x", "low_gate", "high_gate"),
+    autocast="lower",
+)
+for _operator in (dwt, idwt, split, maxima, mix):
     _operator.add_cpp()
+for _operator in (dwt, idwt, split, maxima):
     _operator.add_triton("fastfusion.ops.haar.kernels")
 
 
@@ -170,7 +184,7 @@ def haar_split2d(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     return split(x, backend=backend)
 
 
-def _spectral_maxima(
+def spectral_maxima(
     x: Tensor,
     low_weight: Tensor,
     low_bias: Tensor | None,
@@ -197,9 +211,57 @@ def _spectral_maxima(
     >>> weight = torch.zeros(1, 1, 3, 3)
     >>> weight[0, 0, 1, 1] = 1
     >>> x = torch.tensor([[[[40.0, 20.0], [20.0, 40.0]]]])
-    >>> _spectral_maxima(x, weight, None, weight, None)
+    >>> spectral_maxima(x, weight, None, weight, None)
     tensor([[30., 10.]])
     """
+    _check_filters(x, low_weight, low_bias, high_weight, high_bias)
+    return maxima(x, low_weight, low_bias, high_weight, high_bias, backend=backend)
+
+
+def spectral_mix(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+    low_gate: Tensor,
+    high_gate: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The same bands, behind convolution and GELU, as a weighted sum (CoFusion, Algorithm 1).
+
+    Args:
+        x, low_weight, low_bias, high_weight, high_bias: as in :func:`spectral_maxima`.
+        low_gate, high_gate: ``(B, C)``.
+        backend: see :func:`fastfusion.backend`.
+
+    Returns:
+        ``(B, C, H, W)``: ``low_gate * low + high_gate * high``.
+
+    >>> import torch
+    >>> weight = torch.zeros(1, 1, 3, 3)
+    >>> weight[0, 0, 1, 1] = 1
+    >>> x = torch.tensor([[[[40.0, 20.0], [20.0, 40.0]]]])
+    >>> spectral_mix(x, weight, None, weight, None, torch.ones(1, 1), torch.ones(1, 1))
+    tensor([[[[40., 30.],
+              [30., 40.]]]])
+    """
+    _check_filters(x, low_weight, low_bias, high_weight, high_bias)
+    for name, gate in (("low_gate", low_gate), ("high_gate", high_gate)):
+        checks.parameter(name, gate, tuple(x.shape[:2]), shape="(B, C)", like=x)
+    return mix(
+        x, low_weight, low_bias, high_weight, high_bias, low_gate, high_gate, backend=backend
+    )
+
+
+def _check_filters(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+) -> None:
     checks.tensor("x", x, dims=4, shape="(B, C, H, W)")
     channels = x.shape[1]
     for name, weight, bias in (("low", low_weight, low_bias), ("high", high_weight, high_bias)):
@@ -208,7 +270,17 @@ def _spectral_maxima(
         )
         if bias is not None:
             checks.parameter(f"{name}_bias", bias, (channels,), shape="(C,)", like=x)
-    return maxima(x, low_weight, low_bias, high_weight, high_bias, backend=backend)
+
+
+def fuses_spectral_stage(x: Tensor) -> bool:
+    """Whether there are kernels that compute the bands in passing, for maxima and for mixture:
+    without them it is faster to store the bands and use them twice."""
+    return x.device.type == "cpu" and _has_kernels()
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    return maxima.why_no_cpp() is None and mix.why_no_cpp() is None
 
 
 __all__ = ["haar_dwt2d", "haar_idwt2d", "haar_split2d"]

@@ -57,6 +57,22 @@ def haar_split2d(x: Tensor) -> tuple[Tensor, Tensor]:
     return low.to(x.dtype), (y - low).to(x.dtype)
 
 
+def spectral_bands(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Both parts of the split, each behind its depthwise 3x3 convolution and GELU."""
+    x, low_weight, high_weight = wide(x), wide(low_weight), wide(high_weight)
+    low_bias, high_bias = wide(low_bias), wide(high_bias)
+    low, high = haar_split2d(x)
+    low = F.gelu(F.conv2d(low, low_weight, low_bias, padding=1, groups=x.shape[1]))
+    high = F.gelu(F.conv2d(high, high_weight, high_bias, padding=1, groups=x.shape[1]))
+    return low, high
+
+
 def spectral_maxima(
     x: Tensor,
     low_weight: Tensor,
@@ -64,14 +80,22 @@ def spectral_maxima(
     high_weight: Tensor,
     high_bias: Tensor | None,
 ) -> Tensor:
-    """See :func:`fastfusion.ops.haar._spectral_maxima`."""
-    dtype = x.dtype
-    x, low_weight, high_weight = wide(x), wide(low_weight), wide(high_weight)
-    low_bias, high_bias = wide(low_bias), wide(high_bias)
-    low, high = haar_split2d(x)
-    maxima = []
-    for part, weight, bias in ((low, low_weight, low_bias), (high, high_weight, high_bias)):
-        response = F.gelu(F.conv2d(part, weight, bias, padding=1, groups=x.shape[1]))
-        # Not amax: that shares a gradient among equal maxima, max gives it to the first.
-        maxima.append(response.flatten(2).max(dim=-1).values)
-    return torch.cat(maxima, dim=1).to(dtype)
+    """See :func:`fastfusion.ops.haar.spectral_maxima`."""
+    bands = spectral_bands(x, low_weight, low_bias, high_weight, high_bias)
+    # Not amax: that shares a gradient among equal maxima, max gives it to the first.
+    return torch.cat([band.flatten(2).max(dim=-1).values for band in bands], dim=1).to(x.dtype)
+
+
+def spectral_mix(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+    low_gate: Tensor,
+    high_gate: Tensor,
+) -> Tensor:
+    """See :func:`fastfusion.ops.haar.spectral_mix`."""
+    low, high = spectral_bands(x, low_weight, low_bias, high_weight, high_bias)
+    low = wide(low_gate)[..., None, None] * low
+    return (low + wide(high_gate)[..., None, None] * high).to(x.dtype)

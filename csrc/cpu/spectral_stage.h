@@ -1,5 +1,5 @@
-// Entry points of SpeCAM's first stage: the spatial maxima of both Haar bands behind a depthwise
-// 3x3 convolution and GELU.
+// Entry points of SpeCAM's first stage: both Haar bands behind a depthwise 3x3 convolution and
+// GELU, their spatial maxima and their mixture.
 #pragma once
 
 #include "capability.h"
@@ -30,3 +30,7 @@ FF_DECLARE(void spectral_maxima(Type type, bool planar, const Image& x,
 FF_DECLARE(void spectral_maxima_backward(Type type, bool planar, const void* grad, const Image& x,
                                          const SpectralFilters& filters, const Image& grad_x,
                                          const SpectralGradients& gradients))
+// y = gate[0] * low + gate[1] * high, gates (B, C) contiguous, as filtered above; y has the layout
+// of an image that `planar` walks along its rows, or else along its channels.
+FF_DECLARE(void spectral_mix(Type type, bool planar, const Image& x, const SpectralFilters& filters,
+                             const void* const* gates, const Image& y))
