@@ -85,8 +85,10 @@ Tensor parts_of(const Tensor& x, double edge, double inner) {
 
 // Complex numbers (rows, columns, 2) transformed back along one of the first two dimensions.
 Tensor inverted(const Tensor& x, int64_t dim, int64_t scaling) {
-  return torch::stable::contiguous(
-      as_real(call("aten::_fft_c2c", "", as_complex(x), Sizes{dim}, scaling, false)));
+  const Tensor y = call("aten::_fft_c2c", "", as_complex(x), Sizes{dim}, scaling, false);
+  // Torch gives columns back as rows. Turned as complex numbers it takes a third of the time that
+  // it takes as pairs of real ones.
+  return as_real(torch::stable::contiguous(y));
 }
 
 // The image (B, C, H, W) of a half spectrum, as `frequency_filter2d` defines it.
