@@ -1,4 +1,7 @@
-"""The Haar transforms, against PyWavelets, pytorch_wavelets and ptwt where they are installed."""
+"""The Haar transforms and SpeCAM's first stage, which stands on them.
+
+The transforms against PyWavelets, pytorch_wavelets and ptwt as well, where they are installed.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.rows import Row, against_reference, for_each, record
+from benchmarks.rows import Row, against_reference, for_each, record, training_step
 from fastfusion import ops
+from fastfusion.ops import haar
 from fastfusion.ops.haar import reference
 
 SIZE = (1, 64, 256, 256)
@@ -82,10 +87,87 @@ def _inverse(*bands: Any) -> Any:
     return reference.haar_idwt2d(*bands, 256, 256)
 
 
+def _others_sizes() -> list[Row]:
+    """bfloat16, which must be faster than float32, and an image too small to gain anything."""
+    rows = []
+    for name in ("haar_dwt2d", "haar_split2d"):
+        ours, theirs = getattr(ops, name), getattr(reference, name)
+        images = 2 if name == "haar_dwt2d" else 3
+
+        def lower() -> tuple[Any, ...]:
+            return (torch.randn(SIZE).bfloat16(),)
+
+        def wide(ours: Any = ours) -> Any:
+            x = _image()[0]
+            return lambda: ours(x)
+
+        def small() -> tuple[Any, ...]:
+            return (torch.randn(1, 16, 8, 8),)
+
+        rows += [
+            Row(
+                work=f"{name} bfloat16",
+                operators=(name,),
+                contestants={**against_reference(ours, theirs, lower), "our float32": wide},
+                moved=images * BYTES / 2,
+                flops=BYTES,
+                target={**TARGET, "our float32": 1.0},
+            ),
+            Row(
+                work=f"{name} 8 x 8",
+                operators=(name,),
+                contestants=against_reference(ours, theirs, small),
+                moved=images * 4 * 16 * 64,
+                flops=4 * 16 * 64,
+                target={"eager": 1.0},
+            ),
+        ]
+    return rows
+
+
+def _stage(layout: torch.memory_format, train: bool) -> Row:
+    """Split, both convolutions, GELU, maxima, and with gates made of these the weighted sum."""
+
+    def make() -> tuple[Any, ...]:
+        shapes = [(64, 1, 3, 3), (64,), (64, 1, 3, 3), (64,)]
+        tensors = [torch.randn(SIZE).contiguous(memory_format=layout)]
+        tensors += [torch.randn(shape) / 3 for shape in shapes]
+        return tuple(t.requires_grad_(train) for t in tensors)
+
+    def ours(x: Tensor, *filters: Tensor) -> Tensor:
+        low, high = haar.spectral_maxima(x, *filters).sigmoid().chunk(2, dim=1)
+        return haar.spectral_mix(x, *filters, low, high)
+
+    def theirs(x: Tensor, *filters: Tensor) -> Tensor:
+        low, high = reference.spectral_bands(x, *filters)
+        gates = torch.cat([low.amax((2, 3)), high.amax((2, 3))], dim=1).sigmoid()[..., None, None]
+        return low * gates[:, :64] + high * gates[:, 64:]
+
+    if train:
+        ours, theirs = training_step(ours), training_step(theirs)
+    name = "channels_last" if layout == torch.channels_last else "NCHW"
+    flops = haar.maxima.flops(SIZE) + haar.mix.flops(SIZE)
+    return Row(
+        work=f"SpeCAM's first stage, {name}" + (", forward and backward" if train else ""),
+        operators=("haar_split2d", "depthwise_conv2d"),
+        contestants=against_reference(ours, theirs, make),
+        # x twice, since the gates depend on all of it; backward x, the gradient and that of x.
+        moved=(3 + 3 * train) * BYTES,
+        flops=flops * (3 if train else 1),
+        target={} if train else {"eager": 6.0, "compiled": 6.0, "share": 0.5},
+    )
+
+
 ROWS = [
     _row("haar_dwt2d", ops.haar_dwt2d, reference.haar_dwt2d, _image, 2, _others(False)),
     _row("haar_idwt2d", ops.haar_idwt2d, _inverse, _bands, 2, _others(True)),
     _row("haar_split2d", ops.haar_split2d, reference.haar_split2d, _image, 3, {}),
+    *_others_sizes(),
+    *(
+        _stage(layout, train)
+        for layout in (torch.contiguous_format, torch.channels_last)
+        for train in (False, True)
+    ),
 ]
 
 
