@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from fastfusion import machine
 from fastfusion.data import load_scene
 from fastfusion.evaluation import Case, case_of, csv_table, markdown_table, run, score
 from fastfusion.figures import fusion_figure, save_figure

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import machine
+from fastfusion import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS_A_ROW = float(os.environ.get("FASTFUSION_BENCH_SECONDS", "4"))

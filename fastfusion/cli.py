@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fuse(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_bench(commands)
     info = commands.add_parser("info", help="what is installed, compiled and loadable here")
     info.add_argument("--json", action="store_true", help="as JSON")
     for command in commands.choices.values():
@@ -264,6 +265,45 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_sensors(evaluate)
     _add_progress(evaluate)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time the operators here, against their definitions in plain PyTorch",
+        description="Each operator on each shape, the contestants taking turns; prints a table "
+        "and writes FOLDER/bench.json (pytest-benchmark's layout), bench.csv and bench.html, a "
+        "page that needs nothing else. An operator whose result is wrong here gets no figure.",
+    )
+    bench.add_argument("--op", nargs="+", metavar="NAME", help="by default every operator")
+    bench.add_argument(
+        "--shape",
+        nargs="+",
+        metavar="BxCxHxW",
+        help="by default 1x64 channels of 64x64, 128x128 and 256x256",
+    )
+    bench.add_argument(
+        "--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32"
+    )
+    bench.add_argument(
+        "--backend", nargs="+", default=["auto"], choices=_BACKENDS, help="by default auto"
+    )
+    bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    bench.add_argument("--backward", action="store_true", help="forward and backward together")
+    bench.add_argument(
+        "--compiled", action="store_true", help="torch.compile of the definitions takes part too"
+    )
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        default=2.0,
+        metavar="N",
+        help="for each row, about; 2 if not given",
+    )
+    bench.add_argument("--compare", metavar="FILE", help="an earlier bench.json, to set beside it")
+    bench.add_argument(
+        "--out", metavar="FOLDER", help="made where not there; without, a table alone"
+    )
 
 
 def _add_sensors(command: argparse.ArgumentParser) -> None:

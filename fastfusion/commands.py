@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import csv
 import dataclasses
+import io
 import json
 import math
 import platform
@@ -54,7 +56,7 @@ from fastfusion.metrics import CONVENTIONS
 from fastfusion.models.base import FusionModel
 from fastfusion.tiling import fuse_files, source_of
 
-__all__ = ["evaluate", "fuse", "info", "train"]
+__all__ = ["bench", "evaluate", "fuse", "info", "train"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -490,6 +492,68 @@ def train(asked: argparse.Namespace) -> None:
     figures = [form.format(best[name]) for name, form in _FORMS.items() if name in best]
     print(", ".join([f"best of {recipe.model} after {best['epoch']} epochs", *figures]))
     print(f"wrote {Path(asked.out) / 'model.safetensors'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# bench
+# ------------------------------------------------------------------------------------------------
+
+
+def bench(asked: argparse.Namespace) -> None:
+    """Time the operators; a table, and with a folder JSON, CSV and an HTML page."""
+    from fastfusion import benchmarking, reports
+
+    before = None if asked.compare is None else _earlier_run(Path(asked.compare))
+    if asked.out is not None:
+        need("matplotlib", extra="plot", purpose="drawing the page")
+    shapes = [_shape(text) for text in asked.shape] if asked.shape else benchmarking.SHAPES
+    if not asked.seconds > 0:
+        raise ValueError(f"--seconds: expected more than 0, got {asked.seconds}")
+    run = benchmarking.measure(
+        asked.op or list(benchmarking.OPERATIONS),
+        shapes,
+        dtype=getattr(torch, asked.dtype),
+        device=asked.device,
+        contestants=asked.backend,
+        compiled=asked.compiled,
+        backward=asked.backward,
+        seconds=asked.seconds,
+        progress=lambda work: print(f"timing {work} ...", file=sys.stderr),
+    )
+    print(reports.terminal_table(run))
+    changes = [] if before is None else benchmarking.compare(before, run)
+    for change in changes:
+        print(f"{change.name}: {change}")
+    if asked.out is None:
+        return
+    folder = Path(asked.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(folder / "bench.json", json.dumps(run, indent=1))
+    rows = reports.csv_rows(run)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    _write_text(folder / "bench.csv", table.getvalue())
+    _write_text(folder / "bench.html", reports.page(run, changes))
+    print(f"{folder / 'bench.html'}")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if re.fullmatch(r"\d+(x\d+){3}", text) is None:
+        raise ValueError(f"--shape: expected BxCxHxW such as 1x64x256x256, got {text!r}")
+    return tuple(int(side) for side in text.split("x"))
+
+
+def _earlier_run(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text())
+        for row in run["benchmarks"]:
+            if not {"median", "q1", "q3"} <= row["stats"].keys() or "name" not in row:
+                raise KeyError("stats")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--compare: {path} is no bench.json of `fastfusion bench`") from error
+    return dict(run)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+__all__ = ["Limits", "clock", "describe", "limits", "peak_memory", "processor"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -27,40 +29,70 @@ class Limits:
         return max(moved / self.bandwidth, flops / self.matrix_rate)
 
 
-def _median(function: Callable[[], object], rounds: int = 9) -> float:
-    function()
-    times = []
-    for _ in range(rounds):
+def clock(device: str = "cpu") -> Callable[[Callable[[], object], int], float]:
+    """A function that gives the seconds of calling another one some times on a device.
+
+    On a GPU by its events, without waiting for it inside.
+
+    >>> clock()(lambda: sum(range(10)), 3) > 0
+    True
+    """
+
+    def on_cpu(function: Callable[[], object], times: int) -> float:
         start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for _ in range(times):
+            function()
+        return time.perf_counter() - start
+
+    def on_gpu(function: Callable[[], object], times: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        for _ in range(times):
+            function()
+        end.record()
+        end.synchronize()
+        return 1e-3 * begin.elapsed_time(end)
+
+    return on_gpu if torch.device(device).type == "cuda" else on_cpu
 
 
 @functools.cache
-def limits() -> Limits:
-    """Measure this machine once a run, with torch's current number of threads."""
-    source = torch.rand(64 << 20)
+def limits(device: str = "cpu") -> Limits:
+    """Measure the machine once a run, with torch's current number of threads."""
+    measured = clock(device)
+
+    def median(function: Callable[[], object], rounds: int = 9) -> float:
+        function()
+        return statistics.median(measured(function, 1) for _ in range(rounds))
+
+    source = torch.rand(64 << 20, device=device)
     target = torch.empty_like(source)
-    copy = _median(lambda: target.copy_(source))
-    a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
-    product = _median(lambda: a @ b)
+    copy = median(lambda: target.copy_(source))
+    a, b = torch.rand(2, 2048, 2048, device=device)
+    product = median(lambda: a @ b)
     return Limits(2 * source.nbytes / copy, 2 * 2048**3 / product)
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = re.findall(r"model name\s*:\s*(.+)", info.read_text())
+        if names:
+            return str(names[0])
+    return platform.processor() or platform.machine()
 
 
 def describe() -> dict[str, str | int]:
     """The machine and the versions, for every row."""
     from fastfusion import __version__, native
 
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = re.findall(r"model name\s*:\s*(.+)", info.read_text())
-        cpu = names[0] if names else cpu
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "capability": native.capability(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "fastfusion": __version__,

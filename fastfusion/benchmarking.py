@@ -1,0 +1,384 @@
+"""Time the operators here: every backend against the definition, as rows anyone can read.
+
+A row is one contestant on one piece of work. Contestants take turns, so that whatever else the
+machine does falls on all of them alike; the median and the quartiles are kept. Rows have the layout
+of pytest-benchmark's JSON, so its own tools (``pytest-benchmark compare``) read them too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import gc
+import math
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastfusion import machine, ops
+from fastfusion._version import __version__
+from fastfusion.environment import backends
+from fastfusion.ops.operator import OPERATORS
+
+__all__ = ["OPERATIONS", "SHAPES", "Change", "compare", "measure"]
+
+#: Without --shape: three sizes, for the curves.
+SHAPES = ((1, 64, 64, 64), (1, 64, 128, 128), (1, 64, 256, 256))
+_ROUNDS = (5, 200)
+# What a kernel may be off by beyond 1.5 times the definition in the same dtype, relative L2.
+_BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+Call = Callable[[], Any]
+Make = Callable[[tuple[int, ...], Callable[..., Tensor]], tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """How an operator is called for a shape ``(B, C, H, W)``: its arguments, and its call."""
+
+    call: Callable[..., Any]
+    make: Make
+    note: str = ""
+
+
+def _latent(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+    channels = shape[1]
+    heads = math.gcd(8, channels)
+    weights = [draw(channels, channels) / channels**0.5 for _ in range(3)]
+    biases = [draw(channels) for _ in range(3)]
+    key, value, query = zip(weights, biases, strict=True)
+    series = [draw(channels, 24) / 24 for _ in range(2)]
+    return draw(*shape), draw(heads, 8, channels // heads), *key, *value, *query, *series
+
+
+def _filter(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+    channels = shape[1]
+    return draw(*shape), draw(2, channels, channels) / channels, draw(2, channels, 7, 7) / 7
+
+
+def _attention(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+    c = shape[1]
+    local, context, mix = draw(c, 1, 5, 5) / 5, draw(c, 1, 7, 7) / 7, draw(c, c) / c
+    return draw(*shape), local, draw(c), context, draw(c), mix, draw(c)
+
+
+def _filters(size: int) -> Make:
+    return lambda shape, draw: (draw(*shape), draw(shape[1], 1, size, size) / size, draw(shape[1]))
+
+
+def _bands(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+    batch, channels, rows, columns = shape
+    return tuple(draw(batch, channels, -(-rows // 2), -(-columns // 2)) for _ in range(4))
+
+
+def _mixing(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+    batch, channels = shape[:2]
+    return draw(batch, channels, channels).relu(), draw(channels)
+
+
+def _multiscale(x: Tensor, *filters: Tensor, backend: str) -> Tensor:
+    return ops.multiscale_attention(x, list(filters[:2]), list(filters[2:]), backend=backend)
+
+
+def _multiscale_inputs(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+    c = shape[1]
+    return draw(*shape), draw(c, 1, 3, 3), draw(c, 1, 5, 5) / 5, draw(c), draw(c)
+
+
+def _bound(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda *args, backend: function(*args, **options, backend=backend)
+
+
+#: What can be timed, by name.
+OPERATIONS: dict[str, Operation] = {
+    "latent_operator": Operation(
+        _bound(ops.latent_operator, patch_size=4), _latent, "4x4 patches, 8 tokens, 24 terms"
+    ),
+    "frequency_filter2d": Operation(ops.frequency_filter2d, _filter, "7x7, zeros"),
+    "frequency_filter2d_circular": Operation(
+        _bound(ops.frequency_filter2d, padding_mode="circular"), _filter, "7x7, circular"
+    ),
+    "haar_dwt2d": Operation(ops.haar_dwt2d, lambda shape, draw: (draw(*shape),)),
+    "haar_idwt2d": Operation(ops.haar_idwt2d, _bands),
+    "haar_split2d": Operation(ops.haar_split2d, lambda shape, draw: (draw(*shape),)),
+    "coordinate_mixing": Operation(_bound(ops.coordinate_mixing, k=16), _mixing, "16 of C"),
+    "depthwise_conv2d": Operation(ops.depthwise_conv2d, _filters(7), "7x7"),
+    "depthwise_conv2d_dilated": Operation(
+        _bound(ops.depthwise_conv2d, dilation=3), _filters(7), "7x7, dilation 3"
+    ),
+    "large_kernel_attention": Operation(
+        ops.large_kernel_attention, _attention, "5x5, 7x7 dilated by 3, 1x1"
+    ),
+    "multiscale_attention": Operation(_multiscale, _multiscale_inputs, "3x3 and 5x5"),
+}
+
+
+def measure(
+    operations: Sequence[str],
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    contestants: Sequence[str] = ("auto",),
+    compiled: bool = False,
+    backward: bool = False,
+    seconds: float = 2.0,
+    progress: Callable[[str], None] = lambda work: None,
+) -> dict[str, Any]:
+    """Time operators and give the rows.
+
+    Args:
+        operations: names of `OPERATIONS`.
+        shapes: ``(B, C, H, W)`` each.
+        dtype, device: of all tensors.
+        contestants: backends; the definition in plain PyTorch always takes part.
+        compiled: let ``torch.compile`` of the definition take part too (seconds to minutes each).
+        backward: time forward and backward together.
+        seconds: for each piece of work, about.
+        progress: told the name of each piece of work before it begins.
+
+    Returns:
+        pytest-benchmark's JSON: ``machine_info``, ``benchmarks`` and so on.
+
+    Raises:
+        ValueError: an operation, a shape or a backend is not known, or a backend cannot run here.
+
+    >>> rows = measure(["haar_split2d"], [(1, 4, 8, 8)], seconds=0.01)
+    >>> [row["extra_info"]["contestant"] for row in rows["benchmarks"]]
+    ['auto', 'definition']
+    """
+    for name in operations:
+        if name not in OPERATIONS:
+            raise ValueError(f"op: expected one of {', '.join(OPERATIONS)}, got {name!r}")
+    for shape in shapes:
+        if len(shape) != 4 or min(shape) < 1:
+            raise ValueError(f"shape: expected BxCxHxW, each at least 1, got {shape}")
+    here = backends()
+    for contestant in contestants:
+        if contestant != "auto" and here.get(contestant) != "available":
+            reason = here.get(contestant, f"expected one of auto, {', '.join(here)}")
+            raise ValueError(f"backend {contestant!r} cannot be timed here: {reason}")
+    names = list(dict.fromkeys([*contestants, "definition", *["compiled"] * compiled]))
+    limits = machine.limits(device)
+    rows: list[dict[str, Any]] = []
+    for name in operations:
+        for shape in shapes:
+            progress(f"{name} {'x'.join(map(str, shape))}")
+            rows += _rows(name, shape, names, dtype, device, backward, seconds, limits)
+    return {
+        "machine_info": {
+            "node": "",
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "python_version": platform.python_version(),
+            "cpu": {"brand_raw": machine.processor()},
+        },
+        "commit_info": {},
+        "benchmarks": rows,
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "version": __version__,
+    }
+
+
+def _rows(
+    name: str,
+    shape: tuple[int, ...],
+    contestants: Sequence[str],
+    dtype: torch.dtype,
+    device: str,
+    backward: bool,
+    seconds: float,
+    limits: machine.Limits,
+) -> list[dict[str, Any]]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    operation = OPERATIONS[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+
+    arguments = operation.make(shape, draw)
+    calls = _calls(operation, arguments, contestants, backward)
+    for contestant in contestants:
+        _check(name, operation, arguments, contestant)
+    samples = _take_turns(calls, seconds, device)
+    with FlopCounterMode(display=False) as counter:
+        outputs = calls[contestants[0]]()
+    flops = int(counter.get_total_flops())
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    moved = sum(t.numel() * t.element_size() for t in (*arguments, *outputs))
+    if backward:  # the inputs again, and the outputs' gradients, which have the inputs' size or so
+        moved += sum(t.numel() * t.element_size() for t in arguments)
+    kind = str(dtype).removeprefix("torch.")
+    size = "x".join(map(str, shape))
+    title = f"{name}{' forward + backward' if backward else ''}"
+    return [
+        {
+            "group": f"{title} {size} {kind}",
+            "name": f"{name}[{size}-{kind}-{contestant}]",
+            "fullname": f"{name}[{size}-{kind}-{contestant}]",
+            "params": {"operation": title, "shape": size, "dtype": kind, "device": device},
+            "extra_info": {
+                "contestant": contestant,
+                "note": operation.note,
+                "pixels": shape[0] * shape[2] * shape[3],
+                "moved": moved,
+                "flops": flops,
+                "floor": limits.floor(moved, flops),
+                "bandwidth": limits.bandwidth,
+                "matrix_rate": limits.matrix_rate,
+                **machine.describe(),
+            },
+            "stats": _statistics(samples[contestant]),
+        }
+        for contestant in contestants
+    ]
+
+
+class _Recorder(TorchDispatchMode):
+    """Remembers the last op of this library that was called, and its arguments."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastfusion":
+            self.operator, self.arguments = OPERATORS[func._opname], args[:-1]
+        return func(*args, **(kwargs or {}))
+
+
+def _calls(
+    operation: Operation, tensors: tuple[Tensor, ...], contestants: Sequence[str], backward: bool
+) -> dict[str, Call]:
+    """Each contestant's call: the public function, or the definition on the op's arguments."""
+    with _Recorder() as recorder:
+        operation.call(*tensors, backend="reference")
+    definition, arguments = recorder.operator.reference, recorder.arguments
+
+    def step(function: Callable[..., Any], inputs: Sequence[Any]) -> Call:
+        if not backward:
+            return torch.no_grad()(lambda: function(*inputs))
+        inputs = [
+            value.detach().requires_grad_() if isinstance(value, Tensor) else value
+            for value in inputs
+        ]
+        wanted = [value for value in inputs if isinstance(value, Tensor)]
+
+        def run() -> Any:
+            outputs = function(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
+
+        return run
+
+    calls = {}
+    for contestant in contestants:
+        if contestant == "definition":
+            calls[contestant] = step(definition, arguments)
+        elif contestant == "compiled":
+            torch._dynamo.reset()
+            calls[contestant] = step(torch.compile(definition), arguments)
+        else:
+            calls[contestant] = step(functools.partial(operation.call, backend=contestant), tensors)
+    return calls
+
+
+def _check(name: str, operation: Operation, tensors: tuple[Tensor, ...], contestant: str) -> None:
+    """No figure for a kernel whose result is not the definition's in float64."""
+    if contestant in ("definition", "compiled"):
+        return
+    with torch.no_grad():
+        found = operation.call(*tensors, backend=contestant)
+        plain = operation.call(*tensors, backend="reference")
+        truth = operation.call(*(t.double() for t in tensors), backend="reference")
+    triples = zip(
+        *(y if isinstance(y, tuple) else (y,) for y in (found, plain, truth)), strict=True
+    )
+    for result, definition, exact in triples:
+        scale = exact.norm().clamp(min=1e-30)
+        error, allowed = ((y.double() - exact).norm() / scale for y in (result, definition))
+        if not error <= 1.5 * allowed + _BOUND.get(result.dtype, 0.0):
+            raise RuntimeError(
+                f"no figure for {name}: backend {contestant!r} is off by {error:.1e} (relative L2)"
+            )
+
+
+def _take_turns(calls: dict[str, Call], seconds: float, device: str) -> dict[str, list[float]]:
+    clock = machine.clock(device)
+    first = {}
+    for name, call in calls.items():
+        call()  # compiles, fills caches
+        first[name] = clock(call, 1)
+    rounds = min(max(int(seconds / sum(first.values())), _ROUNDS[0]), _ROUNDS[1])
+    # A round long enough for the clock: several calls where one takes under 0.2 ms.
+    loops = {name: max(1, int(2e-4 / once)) for name, once in first.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                samples[name].append(clock(call, loops[name]) / loops[name])
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _statistics(samples: list[float]) -> dict[str, float | int]:
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return {
+        "min": min(samples),
+        "max": max(samples),
+        "mean": statistics.fmean(samples),
+        "stddev": statistics.stdev(samples),
+        "median": median,
+        "q1": q1,
+        "q3": q3,
+        "iqr": q3 - q1,
+        "rounds": len(samples),
+        "iterations": 1,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A row in two runs: how many times faster it got, and whether that is beyond the noise."""
+
+    name: str
+    ratio: float
+    beyond_noise: bool
+
+    def __str__(self) -> str:
+        if not self.beyond_noise:
+            return f"within the noise ({self.ratio:.2f})"
+        return (
+            f"{self.ratio:.2f} times faster"
+            if self.ratio > 1
+            else f"{1 / self.ratio:.2f} times slower"
+        )
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """The rows that two runs share, by name.
+
+    A change is beyond the noise where the quartiles of the two runs do not overlap.
+
+    >>> def run(median):
+    ...     stats = {"median": median, "q1": 0.9 * median, "q3": 1.1 * median}
+    ...     return {"benchmarks": [{"name": "work", "stats": stats}]}
+    >>> print(*compare(run(3.0), run(1.5)), *compare(run(3.0), run(2.9)), sep="; ")
+    2.00 times faster; within the noise (1.03)
+    """
+    old = {row["name"]: row["stats"] for row in before["benchmarks"]}
+    changes = []
+    for row in after["benchmarks"]:
+        if row["name"] in old:
+            a, b = old[row["name"]], row["stats"]
+            apart = a["q1"] > b["q3"] or b["q1"] > a["q3"]
+            changes.append(Change(row["name"], a["median"] / b["median"], apart))
+    return changes

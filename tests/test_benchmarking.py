@@ -1,0 +1,171 @@
+"""Timing operators: the rows, the checks before them, the comparison, the page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from fastfusion import benchmarking, reports
+from fastfusion.cli import main
+
+SHAPE = [(1, 8, 8, 8)]
+
+
+@pytest.fixture(scope="module")
+def run():
+    return benchmarking.measure(
+        list(benchmarking.OPERATIONS), [(1, 16, 8, 8), (1, 16, 16, 16)], seconds=0.001
+    )
+
+
+def test_every_operator_has_rows(run):
+    names = {row["name"] for row in run["benchmarks"]}
+    assert len(names) == len(run["benchmarks"]) == 4 * len(benchmarking.OPERATIONS)
+    for row in run["benchmarks"]:
+        stats, extra = row["stats"], row["extra_info"]
+        assert 0 < stats["min"] <= stats["q1"] <= stats["median"] <= stats["q3"] <= stats["max"]
+        assert extra["moved"] > 0 and extra["floor"] > 0
+        assert extra["flops"] > 0 or "mixing" in row["name"]
+
+
+def test_forward_and_backward_and_every_contestant():
+    run = benchmarking.measure(
+        ["haar_dwt2d"], SHAPE, contestants=["auto", "reference"], backward=True, seconds=0.001
+    )
+    contestants = [row["extra_info"]["contestant"] for row in run["benchmarks"]]
+    assert contestants == ["auto", "reference", "definition"]
+    assert "forward + backward" in run["benchmarks"][0]["group"]
+
+
+def test_a_wrong_kernel_gets_no_figure(monkeypatch):
+    from fastfusion.ops.operator import OPERATORS
+
+    def wrong(x, *rest):
+        return 1.001 * OPERATORS["depthwise_conv2d"].reference(x, *rest)
+
+    operator = OPERATORS["depthwise_conv2d"]
+    good = operator.backends["reference"]
+    # In float64 it is right: the truth is computed by the same backend.
+    monkeypatch.setitem(
+        operator.backends,
+        "cpp",
+        type(good)(lambda x, *rest: wrong(x, *rest), good.backward, good.why_not, good.declines),
+    )
+    with pytest.raises(RuntimeError, match="no figure for depthwise_conv2d"):
+        benchmarking.measure(["depthwise_conv2d"], SHAPE, seconds=0.001)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["nothing"],), "op: expected one of .*haar_dwt2d.*, got 'nothing'"),
+        ((["haar_dwt2d"], [(1, 2, 3)]), "shape: expected BxCxHxW"),
+        ((["haar_dwt2d"], [(1, 0, 3, 3)]), "shape: expected BxCxHxW"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        benchmarking.measure(*arguments)
+
+
+def test_a_backend_that_is_not_here():
+    if torch.cuda.is_available():
+        pytest.skip("here is a GPU")
+    with pytest.raises(ValueError, match="backend 'cuda' cannot be timed here"):
+        benchmarking.measure(["haar_dwt2d"], SHAPE, contestants=["cuda"])
+
+
+class _Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.addresses = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+
+
+def test_the_page_needs_nothing_else(run):
+    changes = benchmarking.compare(run, run)
+    page = reports.page(run, changes)
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.seen.count("svg") == 3 and "script" not in tags.seen and "link" in tags.seen
+    assert all(address.startswith(("#", "data:")) for address in tags.addresses)
+    assert "http://" not in re.sub(
+        r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE[^>]*>|<rdf.*?</rdf:RDF>', "", page, flags=re.S
+    )
+    for row in run["benchmarks"]:
+        assert row["group"] in page
+    assert "within the noise" in page
+
+
+def test_the_page_in_a_browser(run, tmp_path):
+    """Headless Chromium shows it, with its text and without a word in the console."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    page = tmp_path / "bench.html"
+    page.write_text(reports.page(run))
+    told = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert "how fast the operators run here" in told.stdout
+    assert told.stdout.count("<svg") == 3
+    assert "CONSOLE" not in told.stderr
+
+
+def test_the_command(tmp_path, capsys):
+    options = ["bench", "--op", "haar_split2d", "--shape", "1x4x8x8", "--seconds", "0.001"]
+    assert main([*options, "--out", str(tmp_path / "a")]) == 0
+    assert "haar_split2d 1x4x8x8 float32" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "a").iterdir()}
+    assert written == {"bench.json", "bench.csv", "bench.html"}
+    rows = list(csv.DictReader((tmp_path / "a" / "bench.csv").open()))
+    assert [row["contestant"] for row in rows] == ["auto", "definition"]
+    earlier = tmp_path / "a" / "bench.json"
+    assert main([*options, "--compare", str(earlier)]) == 0
+    assert "haar_split2d[1x4x8x8-float32-auto]:" in capsys.readouterr().out
+    # pytest-benchmark's own tools read the file.
+    assert {"machine_info", "benchmarks", "datetime", "version"} <= json.loads(
+        earlier.read_text()
+    ).keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--op", "nothing"], "op: expected one of"),
+        (["--shape", "1x2"], "--shape: expected BxCxHxW"),
+        (["--seconds", "0"], "--seconds: expected more than 0"),
+        (["--compare", "nowhere.json"], "No such file"),
+    ],
+)
+def test_bad_usage(options, message, capsys):
+    assert main(["bench", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_run(tmp_path, capsys):
+    for text in ("{}", "not json", '{"benchmarks": [{"name": "x", "stats": {}}]}'):
+        (tmp_path / "x.json").write_text(text)
+        assert main(["bench", "--compare", str(tmp_path / "x.json")]) == 2
+        assert "is no bench.json" in capsys.readouterr().err
