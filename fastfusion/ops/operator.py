@@ -42,6 +42,8 @@ CHOICES = ("auto", *BACKENDS)
 
 OPERATORS: dict[str, Operator] = {}
 
+_CONTIGUOUS = torch.contiguous_format
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 _wished: ContextVar[str | None] = ContextVar("fastfusion_backend", default=None)
 
@@ -114,14 +116,16 @@ class Backend:
     """One way to compute an operator.
 
     ``why_not`` says what the backend cannot do; ``declines`` what it can, but slower than the next
-    one, so that "auto" leaves it to that. ``exact`` promises results in the layout of the fake
-    kernels and in memory of their own; those of the others are brought to that.
+    one, so that "auto" leaves it to that; ``declines_backward`` speaks of the backward pass.
+    ``exact`` promises results in the layout of the fake kernels and in memory of their own; those
+    of the others are brought to that.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     why_not: Callable[..., str | None]
     declines: Callable[..., str | None]
+    declines_backward: Callable[..., str | None]
     exact: bool = False
 
 
@@ -173,7 +177,11 @@ class Operator:
         self.outputs = len(self.schema.returns)
         self.backends: dict[str, Backend] = {
             "reference": Backend(
-                reference, self._reference_backward, _nothing_against, _nothing_against
+                reference,
+                self._reference_backward,
+                _nothing_against,
+                _nothing_against,
+                _nothing_against,
             )
         }
         self._batched = [i for i in self.tensors if self.argument_names[i] in batched]
@@ -191,16 +199,20 @@ class Operator:
         backward: Callable[..., Any],
         why_not: Callable[..., str | None],
         declines: Callable[..., str | None] = _nothing_against,
+        declines_backward: Callable[..., str | None] = _nothing_against,
         exact: bool = False,
     ) -> None:
         """Add another way to compute this operator; see :class:`Backend`."""
-        self.backends[name] = Backend(forward, backward, why_not, declines, exact)
+        self.backends[name] = Backend(
+            forward, backward, why_not, declines, declines_backward, exact
+        )
 
     def add_cpp(
         self,
         *,
         why_not: Callable[..., str | None] = _nothing_against,
         declines: Callable[..., str | None] = _nothing_against,
+        declines_backward: Callable[..., str | None] = _nothing_against,
     ) -> None:
         """Add the kernels of the compiled CPU library under this operator's name.
 
@@ -222,6 +234,7 @@ class Operator:
             backward=_compiled(f"{self.name}_backward"),
             why_not=reason,
             declines=declines,
+            declines_backward=declines_backward,
             exact=True,
         )
 
@@ -252,6 +265,7 @@ class Operator:
             backward=_launcher(module, f"{self.name}_backward"),
             why_not=reason,
             declines=slow,
+            declines_backward=slow,
             exact=True,
         )
 
@@ -270,8 +284,8 @@ class Operator:
             return f"no {name} kernel is written for {self.name} yet"
         return self.backends[name].why_not(*args)
 
-    def choose(self, wish: str, *args: Any) -> Backend:
-        """The backend to run, by the rules of the module's head."""
+    def choose(self, wish: str, *args: Any, backward: bool = False) -> Backend:
+        """The backend to run one of the passes, by the rules of the module's head."""
         wish = wished_backend(wish)
         if wish != "auto":
             reason = self.why_not(wish, *args)
@@ -283,7 +297,8 @@ class Operator:
             if candidate is None:
                 reason = "not written yet"
             else:
-                reason = candidate.why_not(*args) or candidate.declines(*args)
+                slower = candidate.declines_backward if backward else candidate.declines
+                reason = candidate.why_not(*args) or slower(*args)
                 if reason is None:
                     return candidate
             log.debug("%s: not %s: %s", self.name, name, reason)
@@ -345,14 +360,16 @@ class Operator:
             return _map(torch.zeros_like, self.fake(*args))
         chosen = self.choose(wish, *args)
         result = chosen.forward(*args)
-        return result if chosen.exact else _conform(result, self.fake(*args), args)
+        if chosen.exact or _as_promised(result, args):
+            return result
+        return _conform(result, self.fake(*args), args)
 
     def _backward(self, *args: Any) -> Any:
         *args, mask, wish = args  # type: ignore[assignment]
         inputs = args[self.outputs :]
         if self._empty(inputs) or not any(mask):
             return _map(torch.zeros_like, self._fake_backward(*args, mask, wish))
-        chosen = self.choose(wish, *inputs)
+        chosen = self.choose(wish, *inputs, backward=True)
         result = chosen.backward(*args, mask)
         if chosen.exact:
             return result
@@ -648,6 +665,23 @@ def _why_no_triton(x: Tensor) -> str | None:
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _as_promised(result: Any, inputs: Sequence[Any]) -> bool:
+    """Whether a forward result surely has the layout of the fake kernel's, which need not be made.
+
+    Images follow the first input; whatever else there is, is contiguous.
+    """
+    images = layout_of(inputs[0])
+    taken = [t.untyped_storage().data_ptr() for t in inputs if isinstance(t, Tensor)]
+    for value in _as_tuple(result):
+        if not value.is_contiguous(memory_format=images if value.dim() == 4 else _CONTIGUOUS):
+            return False
+        pointer = value.untyped_storage().data_ptr()
+        if pointer in taken:
+            return False
+        taken.append(pointer)
+    return images is _CONTIGUOUS or all(value.dim() == 4 for value in _as_tuple(result))
 
 
 def _conform(result: Any, promised: Any, inputs: Sequence[Any]) -> Any:
