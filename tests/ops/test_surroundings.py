@@ -125,18 +125,22 @@ def test_data_loader_workers(start: str) -> None:
 
 
 def test_forward_after_fork() -> None:
+    """With one thread, as a DataLoader's workers: GNU OpenMP, and so torch, hangs with more."""
     case = FIRST[0]
     expected = case.outputs(_floats(case), "auto")[0]
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
 
     def work() -> None:
+        torch.set_num_threads(1)
         queue.put(case.outputs(_floats(case), "auto")[0].tolist())
 
     child = context.Process(target=work)
     child.start()
+    child.join(timeout=60)
+    child.kill()
+    assert not queue.empty(), "the child hangs"
     told = queue.get()
-    child.join()
     assert told == expected.tolist()
 
 
