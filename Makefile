@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs sanitize quality bench kernels gpu-check triton-versions triton-sanitize clean
+.PHONY: help demo test lint format docs sanitize quality bench kernels gpu-check triton-gate triton-versions triton-sanitize clean
 
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench     the tables of docs/performance-cpu.md"
 	@echo "make kernels   docs/kernels.md: what the Triton kernels compile to, without a GPU"
 	@echo "make gpu-check everything that needs a GPU, in eight minutes: docs/performance-gpu.md"
+	@echo "make triton-gate  the Triton kernels compiled for every architecture (make test: sm_90)"
 	@echo "make triton-versions  the Triton kernels' parity and compilation with the oldest and newest Triton"
 	@echo "make triton-sanitize  their parity while every address is checked"
 	@echo "make clean     remove the environment and everything built"
@@ -97,12 +98,15 @@ gpu-check:
 
 # Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.4 no longer does.
 TRITONS ?= 3.6.0 3.9.0
+triton-gate: $(VENV)/dev.done
+	FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k compiles
+
 triton-versions: $(VENV)/dev.done
 	@set -e; for version in $(TRITONS); do \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$version triton==$$version numpy==2.2.6; \
 	  echo "Triton $$version"; export PYTHONPATH=build/triton-$$version:.; \
 	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:warnings tests/ops/test_parity.py -k "triton and float32"; \
-	  $(BIN)/python -m pytest tests/ops/test_triton.py -k "compiles and sm_90 or compiles and gfx942"; \
+	  FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k "compiles and sm_90 or compiles and gfx942"; \
 	done
 
 triton-sanitize: $(VENV)/dev.done
