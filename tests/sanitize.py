@@ -125,7 +125,18 @@ def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> 
         chosen = ["tests/ops/test_parity.py", "-k", "cpp and (float32 or threads)"]
     command = [
         *_no_aslr(sanitizer),
-        *[sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout=0"],
+        # -s: a sanitizer ends the process where pytest would still hold its report back.
+        *[
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=0",
+        ],
         *chosen,
     ]
     print(f"sanitize: {sanitizer}, {capability}: {shlex.join(command)}", flush=True)

@@ -226,9 +226,11 @@ class Blocks {
     const int64_t count = (end - start + dilation - 1) / dilation;
     const int64_t channels = std::min(channels_, x_.channels - channel);
     // A last block that is not full is read beyond its channels: only where that is still in x.
-    const bool beyond = channels % kLane != 0 && !(x_.column_stride == x_.channels &&
-                                                   x_.row_stride == x_.columns * x_.channels &&
-                                                   end + filter_.shape.row_padding() < x_.rows);
+    const int64_t rows_behind = x_.rows - end - filter_.shape.row_padding();
+    const bool beyond =
+        channels % kLane != 0 &&
+        !(x_.column_stride == x_.channels && x_.row_stride == x_.columns * x_.channels &&
+          rows_behind > 0 && rows_behind * x_.row_stride >= kLane);
     copied = copied || beyond;
     const int64_t pixel = round_up(channels, kLane);
     for (int64_t i = 0; i < count + filter_.shape.rows - 1; ++i) {
