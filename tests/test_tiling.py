@@ -242,7 +242,7 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(files, capsys):
     stray = Path("out.zarr.work/result.zarr/c/0/0/0.0123.partial")
     stray.write_bytes(b"half")
     marks = len(list(Path("out.zarr.work/fuse").glob("*.npz")))
-    assert 3 <= marks <= 5
+    assert 2 <= marks <= 5  # how far the threads came when they were killed differs
     assert main(command) == 0
     assert f"9 tiles of 64 pixels, {marks} of them found" in capsys.readouterr().out
     assert content("out.zarr") == content("whole.zarr")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.fx
 from torch import nn
 
 #: The activations that the operators apply by themselves, by their modules.
@@ -39,6 +38,8 @@ def following_activations(model: nn.Module) -> dict[str, str]:
 
 
 def _traced(model: nn.Module) -> dict[str, str]:
+    import torch.fx  # brings in Triton
+
     nodes = list(torch.fx.Tracer().trace(model).nodes)
     calls = [node.target for node in nodes if node.op == "call_module"]
     pairs: dict[str, str] = {}

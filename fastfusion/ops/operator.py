@@ -42,8 +42,6 @@ CHOICES = ("auto", *BACKENDS)
 
 OPERATORS: dict[str, Operator] = {}
 
-_CONTIGUOUS = torch.contiguous_format
-
 _library = torch.library.Library(NAMESPACE, "DEF")
 _wished: ContextVar[str | None] = ContextVar("fastfusion_backend", default=None)
 
@@ -360,9 +358,7 @@ class Operator:
             return _map(torch.zeros_like, self.fake(*args))
         chosen = self.choose(wish, *args)
         result = chosen.forward(*args)
-        if chosen.exact or _as_promised(result, args):
-            return result
-        return _conform(result, self.fake(*args), args)
+        return result if chosen.exact else _conform(result, self.fake(*args), args)
 
     def _backward(self, *args: Any) -> Any:
         *args, mask, wish = args  # type: ignore[assignment]
@@ -665,23 +661,6 @@ def _why_no_triton(x: Tensor) -> str | None:
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _as_promised(result: Any, inputs: Sequence[Any]) -> bool:
-    """Whether a forward result surely has the layout of the fake kernel's, which need not be made.
-
-    Images follow the first input; whatever else there is, is contiguous.
-    """
-    images = layout_of(inputs[0])
-    taken = [t.untyped_storage().data_ptr() for t in inputs if isinstance(t, Tensor)]
-    for value in _as_tuple(result):
-        if not value.is_contiguous(memory_format=images if value.dim() == 4 else _CONTIGUOUS):
-            return False
-        pointer = value.untyped_storage().data_ptr()
-        if pointer in taken:
-            return False
-        taken.append(pointer)
-    return images is _CONTIGUOUS or all(value.dim() == 4 for value in _as_tuple(result))
 
 
 def _conform(result: Any, promised: Any, inputs: Sequence[Any]) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastfusion.ops import checks
@@ -278,9 +277,12 @@ def fuses_spectral_stage(x: Tensor) -> bool:
     return x.device.type == "cpu" and _has_kernels()
 
 
-@torch.compiler.assume_constant_result
 def _has_kernels() -> bool:
     return maxima.why_no_cpp() is None and mix.why_no_cpp() is None
+
+
+# What torch.compiler.assume_constant_result does, without bringing in the compiler at import.
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 __all__ = ["haar_dwt2d", "haar_idwt2d", "haar_split2d"]
