@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,8 +62,16 @@ def _in_threads(
         return
     # An undivided task has one entry in the graph, so that each end of an entry is one of a task.
     work = [dask.delayed(function, pure=False, traverse=False)(*arguments) for arguments in tasks]
-    with callbacks.Callback(posttask=lambda *_: done()):
-        dask.compute(*work, scheduler="threads", num_workers=workers, traverse=False)
+    # A pool of this call alone: its end waits for tasks that still run when one has failed.
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        callbacks.Callback(posttask=lambda *_: done()),
+    ):
+        try:
+            dask.compute(*work, scheduler="threads", pool=pool, traverse=False)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _on_cluster(

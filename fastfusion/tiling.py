@@ -171,7 +171,7 @@ def fuse_files(
             raise Unfinished(f"{message}; {_go_on(work)}") from error
         except (ValueError, TypeError, Unavailable, ImportError):
             if not any((work / "fuse").glob("*.npz")):
-                shutil.rmtree(work)  # it holds nothing worth going on with
+                _remove(work)  # it holds nothing worth going on with
             raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -179,6 +179,15 @@ def fuse_files(
         finally:
             torch.set_num_threads(threads)
             _job.cache_clear()
+
+
+def _remove(work: Path) -> None:
+    """The folder, even while a worker that was told to stop still writes its last tile there."""
+    gone = work.with_name(f"{work.name}.removed")
+    if gone.exists():  # a run was killed while it removed this
+        shutil.rmtree(gone)
+    work.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _go_on(work: Path) -> str:

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from fastfusion.fusing import Unavailable
 from fastfusion.models import LSO, CoFusion
 from fastfusion.models.base import ResidualModel
 from fastfusion.nn.cofusion import SceneMaxima
+from fastfusion.scheduling import executor
 from fastfusion.tiling import Unfinished, fuse_files
 
 dask = pytest.importorskip("dask", reason="dask is not installed (extra large)")
@@ -339,6 +342,26 @@ def test_a_scheduler_that_is_not_there(files, monkeypatch, capsys):
     assert main([*TILED, "--out", "out.zarr", "--scheduler", address]) == 2
     assert f"no dask scheduler answers at {address}" in capsys.readouterr().err
     assert sorted(path.name for path in files.iterdir()) == ["hsi.zarr", "msi.zarr"]
+
+
+def test_a_failed_task_waits_for_those_that_run():
+    both, late = threading.Barrier(2), []
+
+    def task(number: int) -> None:
+        if number > 1:
+            late.append("begun after the failure")
+            return
+        both.wait(10)
+        if number == 0:
+            raise ValueError("bad tile")
+        time.sleep(0.3)
+        late.append("ended")
+
+    with executor(None, 2) as run, pytest.raises(ValueError, match="bad tile"):
+        run(task, [(number,) for number in range(20)], lambda: None)
+    ended = list(late)
+    time.sleep(0.2)
+    assert late == ended and "ended" in late
 
 
 # ------------------------------------------------------------------------------------------------
