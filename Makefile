@@ -21,7 +21,7 @@ help:
 	@echo "make docs      the documentation, in build/docs/index.html"
 	@echo "make sanitize  the C++ kernels' tests under address, undefined and thread sanitizers"
 	@echo "make quality   the tables and pictures of docs/quality.md, from real scenes"
-	@echo "make bench     the tables of docs/performance-cpu.md"
+	@echo "make bench     the tables of docs/performance-cpu.md and the page out/bench.html; COMPARE=earlier.json"
 	@echo "make kernels   docs/kernels.md: what the Triton kernels compile to, without a GPU"
 	@echo "make gpu-check everything that needs a GPU, in eight minutes: docs/performance-gpu.md"
 	@echo "make triton-gate  the Triton kernels compiled for every architecture (make test: sm_90)"
@@ -87,7 +87,7 @@ quality: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.quality --write docs/quality.md
 
 bench: $(VENV)/dev.done
-	$(BIN)/python -m benchmarks.report --write docs/performance-cpu.md
+	$(BIN)/python -m benchmarks.report --write docs/performance-cpu.md $(if $(COMPARE),--compare $(COMPARE))
 
 kernels: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.kernels --write docs/kernels.md

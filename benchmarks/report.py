@@ -1,7 +1,9 @@
 """Run the benchmarks and draw their tables: ``python -m benchmarks.report --write docs/x.md``.
 
-The rounds come as pytest-benchmark's JSON (kept beside the tables as a CSV, one line a contestant),
-so ``pytest-benchmark compare`` reads them too.
+The rounds come as pytest-benchmark's JSON, so ``pytest-benchmark compare`` reads them too. They are
+kept in ``out/bench.json``, beside the tables as a CSV (one line a contestant), and drawn in
+``out/bench.html``, a page that needs nothing else. ``--compare`` sets an earlier JSON beside the
+run and tells what changed beyond the noise.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from fastfusion import benchmarking, reports
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,7 +157,8 @@ def write(data: dict[str, Any], target: Path) -> None:
         "# Speed on a CPU",
         "",
         "Made by `make bench`; the rows with their quartiles are in "
-        f"[{source.name}]({source.name}).",
+        f"[{source.name}]({source.name}), and `out/bench.html` draws them on a page that needs "
+        "nothing else. `make bench COMPARE=FILE` sets an earlier `out/bench.json` beside a run.",
         "",
         f"Machine: {first['cpu']}, {first['threads']} threads, kernels for {first['capability']}; "
         f"torch {first['torch']}, Python {first['python']}. Measured in the same run: a large copy "
@@ -180,14 +185,23 @@ def main() -> int:
     parser.add_argument("--write", type=Path, required=True, help="the page, docs/....md")
     parser.add_argument("--select", default="", help="only what matches, as pytest's -k")
     parser.add_argument("--json", type=Path, help="draw from an earlier run's JSON")
+    parser.add_argument("--compare", type=Path, help="an earlier run's JSON, to set beside it")
     options = parser.parse_args()
+    before = json.loads(options.compare.read_text()) if options.compare else None
     source = options.json or ROOT / "out" / "bench.json"
     status = 0
     if options.json is None:
         source.parent.mkdir(exist_ok=True)
+        source.unlink(missing_ok=True)  # where nothing matches, pytest-benchmark leaves the old one
         status = run(options.select, source)
-    write(json.loads(source.read_text()), options.write)
-    print("\n".join(markdown(rows(json.loads(source.read_text())))))
+        if not source.is_file():
+            raise SystemExit("no benchmark was run")
+    data = json.loads(source.read_text())
+    changes = [] if before is None else benchmarking.compare(before, data)
+    write(data, options.write)
+    drawn = source.with_suffix(".html")
+    drawn.write_text(reports.page(data, changes, command="make bench"))
+    print("\n".join([*markdown(rows(data)), *(f"{c.name}: {c}" for c in changes), str(drawn)]))
     return status
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastfusion import machine
+from fastfusion import benchmarking, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS_A_ROW = float(os.environ.get("FASTFUSION_BENCH_SECONDS", "4"))
-ROUNDS = (5, 200)
 OURS = "fastfusion"
 
 Call = Callable[[], Any]
@@ -107,25 +104,7 @@ def measure(row: Row) -> dict[str, list[float] | str]:
                 calls[name] = prepare()
             except ImportError as error:
                 absent[name] = f"{name} cannot be imported: {error}"
-        first = {}
-        for name, call in calls.items():
-            call()  # compiles, fills caches
-            start = time.perf_counter()
-            call()
-            first[name] = time.perf_counter() - start
-        rounds = int(SECONDS_A_ROW / sum(first.values()))
-        rounds = min(max(rounds, ROUNDS[0]), ROUNDS[1])
-        # A round long enough for the clock: several calls where one takes under 0.2 ms.
-        loops = {name: max(1, int(2e-4 / seconds)) for name, seconds in first.items()}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        gc.disable()
-        for _ in range(rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                for _ in range(loops[name]):
-                    call()
-                samples[name].append((time.perf_counter() - start) / loops[name])
-        gc.enable()
+        samples = benchmarking.take_turns(calls, SECONDS_A_ROW)
     return {**samples, **absent}
 
 

@@ -26,7 +26,7 @@ from fastfusion._version import __version__
 from fastfusion.environment import backends
 from fastfusion.ops.operator import OPERATORS
 
-__all__ = ["OPERATIONS", "SHAPES", "Change", "compare", "measure"]
+__all__ = ["OPERATIONS", "SHAPES", "Change", "compare", "measure", "take_turns"]
 
 #: Without --shape: three sizes, for the curves.
 SHAPES = ((1, 64, 64, 64), (1, 64, 128, 128), (1, 64, 256, 256))
@@ -208,7 +208,7 @@ def _rows(
     calls = _calls(operation, arguments, contestants, backward)
     for contestant in contestants:
         _check(name, operation, arguments, contestant)
-    samples = _take_turns(calls, seconds, device)
+    samples = take_turns(calls, seconds, device)
     with FlopCounterMode(display=False) as counter:
         outputs = calls[contestants[0]]()
     flops = int(counter.get_total_flops())
@@ -307,7 +307,14 @@ def _check(name: str, operation: Operation, tensors: tuple[Tensor, ...], contest
             )
 
 
-def _take_turns(calls: dict[str, Call], seconds: float, device: str) -> dict[str, list[float]]:
+def take_turns(
+    calls: dict[str, Call], seconds: float, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each round of each call, the calls taking turns for about so many seconds.
+
+    >>> len(take_turns({"sum": lambda: sum(range(1000))}, 0.01)["sum"]) >= 5
+    True
+    """
     clock = machine.clock(device)
     first = {}
     for name, call in calls.items():

@@ -524,6 +524,8 @@ def bench(asked: argparse.Namespace) -> None:
     changes = [] if before is None else benchmarking.compare(before, run)
     for change in changes:
         print(f"{change.name}: {change}")
+    if before is not None and not changes:
+        print(f"{asked.compare}: no row in common with this run")
     if asked.out is None:
         return
     folder = Path(asked.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,12 @@ from fastfusion._optional import need
 
 __all__ = ["csv_rows", "page", "terminal_table"]
 
-_COLOURS = ("#1b6ca8", "#d1603d", "#5b8c5a", "#8f5ea2", "#b8912b")
+_COLOURS = (
+    *("#1b6ca8", "#d1603d", "#5b8c5a", "#8f5ea2", "#b8912b"),
+    *("#4c4c4c", "#c2628f", "#3f9c9c", "#7a5b3a", "#9aa0a6"),
+)
+#: What others are compared with: the definition in plain PyTorch, by the names that it has.
+_PLAIN = ("definition", "eager")
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2429; max-width: 62rem; margin: 2rem auto;
@@ -43,8 +49,8 @@ def _table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head += ["GB/s", "GFLOP/s"]
     lines = []
     for group, rows in _groups(run).items():
-        plain = {row["extra_info"]["contestant"]: row["stats"]["median"] for row in rows}
-        base = plain.get("definition")
+        medians = {row["extra_info"]["contestant"]: row["stats"]["median"] for row in rows}
+        base = next((medians[name] for name in _PLAIN if name in medians), None)
         for row in rows:
             stats, extra = row["stats"], row["extra_info"]
             median = stats["median"]
@@ -92,12 +98,15 @@ def csv_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def page(run: dict[str, Any], changes: Iterable[Any] = ()) -> str:
+def page(
+    run: dict[str, Any], changes: Iterable[Any] = (), command: str = "fastfusion bench"
+) -> str:
     """The page.
 
     Args:
-        run: what `fastfusion.benchmarking.measure` gives.
+        run: what `fastfusion.benchmarking.measure` gives, or the rows of ``make bench``.
         changes: what `fastfusion.benchmarking.compare` gives, where two runs are compared.
+        command: what made the rows, for the reader.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -107,11 +116,12 @@ def page(run: dict[str, Any], changes: Iterable[Any] = ()) -> str:
     sections = [
         "<h1>fastfusion: how fast the operators run here</h1>",
         '<p class="lead">fastfusion is a PyTorch library of custom kernels for hyperspectral image '
-        "fusion. This page was made by <code>fastfusion bench</code> on one machine. Each "
+        f"fusion. This page was made by <code>{html.escape(command)}</code> on one machine. Each "
         "<em>work</em> is one operator on one size of image; its <em>contestants</em> are "
-        "fastfusion's kernels (<em>auto</em> takes the fastest it knows to be right) and the "
-        "operator's definition in plain PyTorch, eager or compiled. They took turns in one "
-        "process; shown are medians and quartiles. The <em>floor</em> is the time under which "
+        "fastfusion's kernels (<em>auto</em> takes the fastest it knows to be right), the "
+        "operator's definition in plain PyTorch, eager or compiled, and what else a user could "
+        "install. They took turns in one process; <em>times faster</em> is against the definition "
+        "eager; shown are medians and quartiles. The <em>floor</em> is the time under which "
         "nothing can be: each input read once and each output written once at the speed of a "
         "large copy, or the arithmetic at the speed of a matrix product, whichever is "
         "longer.</p>",
@@ -211,21 +221,26 @@ def _contestants(run: dict[str, Any]) -> list[str]:
 
 def _bars(run: dict[str, Any]) -> str:
     groups, names = _groups(run), _contestants(run)
-    figure, axes = _axes(0.6 + len(groups) * (0.16 + 0.17 * len(names)))
-    thick = 0.8 / len(names)
-    for index, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
-        for place, rows in enumerate(groups.values()):
-            for row in rows:
-                if row["extra_info"]["contestant"] == name:
-                    stats, at = row["stats"], place + (index - (len(names) - 1) / 2) * thick
-                    axes.barh(at, 1e3 * stats["median"], height=0.9 * thick, color=colour)
-                    axes.plot([1e3 * stats["q1"], 1e3 * stats["q3"]], [at, at], color="black", lw=1)
-        axes.barh(0, 0, color=colour, label=name)
-    for place, rows in enumerate(groups.values()):
+    colours = dict(zip(names, itertools.cycle(_COLOURS)))
+    bars = len(run["benchmarks"]) + len(groups)  # each work is followed by a gap
+    figure, axes = _axes(1.2 + 0.17 * bars)
+    at, ticks = 0, []
+    for rows in groups.values():
+        first = at
+        for row in rows:
+            stats = row["stats"]
+            colour = colours[row["extra_info"]["contestant"]]
+            axes.barh(at, 1e3 * stats["median"], height=0.85, color=colour)
+            axes.plot([1e3 * stats["q1"], 1e3 * stats["q3"]], [at, at], color="black", lw=1)
+            at += 1
         floor = 1e3 * rows[0]["extra_info"]["floor"]
-        axes.plot([floor, floor], [place - 0.45, place + 0.45], color="black", lw=1.5)
-    axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
-    axes.invert_yaxis()
+        axes.plot([floor, floor], [first - 0.5, at - 0.5], color="black", lw=1.5)
+        ticks.append((first + at - 1) / 2)
+        at += 1
+    for name, colour in colours.items():
+        axes.barh(0, 0, color=colour, label=name)
+    axes.set_yticks(ticks, list(groups), fontsize=8)
+    axes.set_ylim(at - 1, -1)
     axes.set_xscale("log")
     axes.set_xlabel("ms")
     axes.legend(fontsize=8)
@@ -240,7 +255,7 @@ def _roofline(run: dict[str, Any]) -> str:
     low, high = min([*found, 0.1]) / 2, max([*found, 10.0]) * 2
     steps = [low * (high / low) ** (i / 99) for i in range(100)]
     axes.loglog(steps, [min(s * bandwidth, rate) / 1e9 for s in steps], color="black")
-    for name, colour in zip(_contestants(run), _COLOURS, strict=False):
+    for name, colour in zip(_contestants(run), itertools.cycle(_COLOURS)):
         rows = [row for row in run["benchmarks"] if row["extra_info"]["contestant"] == name]
         axes.scatter(
             [row["extra_info"]["flops"] / row["extra_info"]["moved"] for row in rows],
@@ -260,7 +275,7 @@ def _curves(run: dict[str, Any]) -> str:
     name = _contestants(run)[0]
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in run["benchmarks"]:
-        if row["extra_info"]["contestant"] == name:
+        if row["extra_info"]["contestant"] == name and "pixels" in row["extra_info"]:
             pixels = row["extra_info"]["pixels"]
             point = (pixels, 1e9 * row["stats"]["median"] / pixels)
             lines.setdefault(row["params"]["operation"], []).append(point)

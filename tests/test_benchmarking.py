@@ -13,7 +13,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from fastfusion import benchmarking, reports
+from benchmarks import report
+from fastfusion import benchmarking, machine, reports
 from fastfusion.cli import main
 
 SHAPE = [(1, 8, 8, 8)]
@@ -170,3 +171,49 @@ def test_a_file_that_is_no_run(tmp_path, capsys):
         (tmp_path / "x.json").write_text(text)
         assert main(["bench", "--compare", str(tmp_path / "x.json")]) == 2
         assert "is no bench.json" in capsys.readouterr().err
+
+
+# -- make bench -----------------------------------------------------------------------------------
+
+
+def _repository_run(scale):
+    """What pytest-benchmark writes of `benchmarks.rows.record`, for one piece of work."""
+    extra = {"moved": 1e6, "flops": 1e6, "floor": 1e-4, "bandwidth": 1e10, "matrix_rate": 1e11}
+    extra |= {"peak_memory": 0, "target": {"eager": 4.0}, **machine.describe()}
+    rows = []
+    for contestant, median in {"fastfusion": scale, "eager": 3e-3, "PyWavelets": 2e-3}.items():
+        stats = dict.fromkeys(("min", "q1", "median", "q3", "max", "iqr", "mean"), median)
+        rows.append(
+            {
+                "group": "haar_dwt2d",
+                "name": f"bench[haar_dwt2d-{contestant}]",
+                "params": {"row": "UNSERIALIZABLE", "contestant": contestant},
+                "extra_info": {"contestant": contestant, **extra},
+                "stats": {**stats, "rounds": 5},
+            }
+        )
+    return {"benchmarks": rows, "datetime": "2026-01-01T00:00:00+00:00", "version": "5"}
+
+
+def test_make_bench_writes_the_page_and_compares(tmp_path, monkeypatch, capsys):
+    for name, scale in (("before", 2e-3), ("bench", 1e-3)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(_repository_run(scale)))
+    page = tmp_path / "page.md"
+    arguments = ["report", "--write", str(page), "--json", str(tmp_path / "bench.json")]
+    arguments += ["--compare", str(tmp_path / "before.json")]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert report.main() == 0
+    assert "bench[haar_dwt2d-fastfusion]: 2.00 times faster" in capsys.readouterr().out
+    assert "eager 3.00" in page.read_text() and "**3.00**" in page.read_text()
+    drawn = (tmp_path / "bench.html").read_text()
+    assert "make bench" in drawn and "2.00 times faster" in drawn and "PyWavelets" in drawn
+    tags = _Tags()
+    tags.feed(drawn)
+    assert tags.seen.count("svg") == 2  # one size only: no curves
+    assert all(address.startswith(("#", "data:")) for address in tags.addresses)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"page.md", "page.csv", "page.png", "bench.html"} <= written
+    # The same file can be given to the command, which here shares no row with it.
+    options = ["bench", "--op", "haar_split2d", "--shape", "1x4x8x8", "--seconds", "0.001"]
+    assert main([*options, "--compare", str(tmp_path / "bench.json")]) == 0
+    assert "no row in common" in capsys.readouterr().out
