@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.works import WORKS, Work, op_arguments
+from benchmarks.works import WORKS, Work
+from fastfusion.benchmarking import op_called
 from fastfusion.ops.operator import BACKENDS, OPERATORS
 from tests.closeness import relative_error
 from tests.ops.cases import CASES, FIRST, Case
@@ -115,7 +116,7 @@ def parity_checks(device: str = DEVICE) -> Iterator[Check]:
 
 def _require(case: Case, backend: str, tensors: dict[str, Tensor]) -> None:
     """Raise :class:`NotHere` where the backend cannot run this."""
-    args = op_arguments(lambda: case.outputs(tensors, "auto"))
+    _, args = op_called(lambda: case.outputs(tensors, "auto"))
     reason = OPERATORS[case.operator].why_not(backend, *args)
     if reason is not None:
         raise NotHere(reason)
@@ -136,7 +137,7 @@ def opcheck(case: Case, backward: bool, device: str) -> None:
     """``torch.library.opcheck`` on the op or its backward op."""
     operator = OPERATORS[case.operator]
     tensors = _float32(case, device)
-    args = op_arguments(lambda: case.outputs(tensors, "auto"))
+    _, args = op_called(lambda: case.outputs(tensors, "auto"))
     args = [a.clone() if isinstance(a, Tensor) else a for a in args]
     if backward:
         with torch.no_grad():
@@ -353,7 +354,7 @@ def contestants(work: Work, sets: list[list[Any]], compile_too: bool) -> dict[st
         functions["torch.compile max-autotune"] = torch.compile(
             operator.reference, mode="max-autotune"
         )
-    if work.operator == "depthwise_conv2d":
+    if operator.name == "depthwise_conv2d":
         functions["cuDNN"] = _cudnn
 
     def prepared(function: Callable[..., Any]) -> Callable[[int], Any]:

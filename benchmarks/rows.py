@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastfusion import benchmarking, machine
+from fastfusion.ops.operator import Operator
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS_A_ROW = float(os.environ.get("FASTFUSION_BENCH_SECONDS", "4"))
@@ -70,6 +71,47 @@ def against_reference(
     return {OURS: prepared(ours), "eager": prepared(reference), "compiled": compiled}
 
 
+def of_operation(
+    work: str,
+    operation: benchmarking.Operation,
+    shape: tuple[int, ...],
+    target: dict[str, float],
+    *,
+    train: bool = False,
+    moved: float | None = None,
+) -> Row:
+    """The row of an operation that `fastfusion bench` times too: the usual three on fresh inputs.
+
+    ``moved`` replaces the bytes of the inputs and outputs where the definition cannot do with them.
+    """
+
+    def tensors(device: str = "cpu") -> list[torch.Tensor]:
+        values = operation.make(shape, lambda *size: torch.randn(size, device=device))
+        return [value.detach().requires_grad_(train) for value in values]
+
+    def called(*values: torch.Tensor) -> tuple[Operator, list[Any]]:
+        return benchmarking.op_called(lambda: operation.call(*values, backend="auto"))
+
+    operator, arguments = called(*tensors("meta"))
+    all_moved, _ = benchmarking.costs(operator, arguments, train)
+    _, flops = benchmarking.costs(operator, arguments)
+    ours: Callable[..., Any] = functools.partial(operation.call, backend="auto")
+
+    theirs = operator.reference
+    if train:
+        ours, theirs = training_step(ours), training_step(theirs)
+    fast = against_reference(ours, theirs, lambda: tuple(tensors()))
+    plain = against_reference(ours, theirs, lambda: tuple(called(*tensors())[1]))
+    return Row(
+        work=work + (", forward and backward" if train else ""),
+        operators=(operator.name,),
+        contestants={**plain, OURS: fast[OURS]},
+        moved=all_moved if moved is None else moved,
+        flops=flops * (3 if train else 1),  # a product has two gradients of its own size
+        target=target,
+    )
+
+
 def training_step(function: Callable[..., Any]) -> Callable[..., Any]:
     """Forward and backward of the sum of squares, for tensors that want a gradient."""
 
@@ -82,7 +124,7 @@ def training_step(function: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-@cache
+@functools.cache
 def parity(operator: str) -> bool:
     """Whether the operator's parity tests pass here, for the backend that is timed."""
     command = [sys.executable, "-m", "pytest", "tests/ops/test_parity.py", "-q", "--tb=no"]
@@ -90,7 +132,7 @@ def parity(operator: str) -> bool:
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
-@cache
+@functools.cache
 def measure(row: Row) -> dict[str, list[float] | str]:
     """Seconds of each round of each contestant, the contestants taking turns.
 

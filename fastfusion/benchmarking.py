@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastfusion import machine, ops
 from fastfusion._version import __version__
 from fastfusion.environment import backends
-from fastfusion.ops.operator import OPERATORS
+from fastfusion.ops.operator import OPERATORS, Operator
 
 __all__ = ["OPERATIONS", "SHAPES", "Change", "compare", "measure", "take_turns"]
 
@@ -47,48 +47,102 @@ class Operation:
     note: str = ""
 
 
-def _latent(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
-    channels = shape[1]
-    heads = math.gcd(8, channels)
-    weights = [draw(channels, channels) / channels**0.5 for _ in range(3)]
-    biases = [draw(channels) for _ in range(3)]
-    key, value, query = zip(weights, biases, strict=True)
-    series = [draw(channels, 24) / 24 for _ in range(2)]
-    return draw(*shape), draw(heads, 8, channels // heads), *key, *value, *query, *series
+def latent(
+    tokens: int = 8, basis: int = 24, patch: int | None = 4, *, squash: bool = True, note: str = ""
+) -> Operation:
+    """The latent operator, by default as LSO has it."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        channels = shape[1]
+        heads = math.gcd(8, channels)
+        weights = [draw(channels, channels) / channels**0.5 for _ in range(3)]
+        biases = [draw(channels) for _ in range(3)]
+        key, value, query = zip(weights, biases, strict=True)
+        series = [draw(channels, basis) / basis for _ in range(2)]
+        prompts = draw(heads, tokens, channels // heads)
+        return draw(*shape), prompts, *key, *value, *query, *series
+
+    fundamental = math.pi if squash else math.pi / basis
+    call = _bound(ops.latent_operator, patch_size=patch, squash=squash, fundamental=fundamental)
+    return Operation(call, make, note)
 
 
-def _filter(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
-    channels = shape[1]
-    return draw(*shape), draw(2, channels, channels) / channels, draw(2, channels, 7, 7) / 7
+def frequency_filter(mode: str) -> Operation:
+    """FSRVL's filter, 7x7, with its batch norm in the evaluation form."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        c = shape[1]
+        mixing, kernel = draw(2, c, c) / c**0.5, draw(2, c, 7, 7) / 7
+        return draw(*shape), mixing, kernel, draw(2, c), draw(2, c)
+
+    def call(x: Tensor, mixing: Tensor, kernel: Tensor, gain: Tensor, bias: Tensor, *,
+             backend: str) -> Tensor:  # fmt: skip
+        return ops.frequency_filter2d(
+            x, mixing, kernel, gain=gain, bias=bias, padding_mode=mode, backend=backend
+        )
+
+    return Operation(call, make, f"7x7, {mode}")
 
 
-def _attention(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
-    c = shape[1]
-    local, context, mix = draw(c, 1, 5, 5) / 5, draw(c, 1, 7, 7) / 7, draw(c, c) / c
-    return draw(*shape), local, draw(c), context, draw(c), mix, draw(c)
+def depthwise(size: int, dilation: int = 1) -> Operation:
+    """A depthwise convolution with its bias."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        c = shape[1]
+        return draw(*shape), draw(c, 1, size, size) / size, draw(c)
+
+    note = f"{size}x{size}" + (f", dilation {dilation}" if dilation > 1 else "")
+    return Operation(_bound(ops.depthwise_conv2d, dilation=dilation), make, note)
 
 
-def _filters(size: int) -> Make:
-    return lambda shape, draw: (draw(*shape), draw(shape[1], 1, size, size) / size, draw(shape[1]))
+def large_attention() -> Operation:
+    """VAN's large-kernel attention."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        c = shape[1]
+        local, context, mix = draw(c, 1, 5, 5) / 5, draw(c, 1, 7, 7) / 7, draw(c, c) / c**0.5
+        return draw(*shape), local, draw(c), context, draw(c), mix, draw(c)
+
+    return Operation(ops.large_kernel_attention, make, "5x5, 7x7 dilated by 3, 1x1")
 
 
-def _bands(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
-    batch, channels, rows, columns = shape
-    return tuple(draw(batch, channels, -(-rows // 2), -(-columns // 2)) for _ in range(4))
+def multiscale() -> Operation:
+    """CoFusion's attention over the scales."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        c = shape[1]
+        return draw(*shape), draw(c, 1, 3, 3) / 3, draw(c, 1, 5, 5) / 5, draw(c), draw(c)
+
+    def call(x: Tensor, *filters: Tensor, backend: str) -> Tensor:
+        return ops.multiscale_attention(x, list(filters[:2]), list(filters[2:]), backend=backend)
+
+    return Operation(call, make, "3x3 and 5x5")
 
 
-def _mixing(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
-    batch, channels = shape[:2]
-    return draw(batch, channels, channels).relu(), draw(channels)
+def haar(name: str) -> Operation:
+    """A Haar transform by its name."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        batch, channels, rows, columns = shape
+        if name != "haar_idwt2d":
+            return (draw(*shape),)
+        return tuple(draw(batch, channels, -(-rows // 2), -(-columns // 2)) for _ in range(4))
+
+    return Operation(getattr(ops, name), make)
 
 
-def _multiscale(x: Tensor, *filters: Tensor, backend: str) -> Tensor:
-    return ops.multiscale_attention(x, list(filters[:2]), list(filters[2:]), backend=backend)
+def mixing() -> Operation:
+    """SpeCAM's coordinate mixing of C coordinates, of which it keeps a quarter."""
 
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        batch, channels = shape[:2]
+        return draw(batch, channels, channels).relu(), draw(batch, channels)
 
-def _multiscale_inputs(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
-    c = shape[1]
-    return draw(*shape), draw(c, 1, 3, 3), draw(c, 1, 5, 5) / 5, draw(c), draw(c)
+    def call(candidates: Tensor, state: Tensor, *, backend: str) -> Tensor:
+        k = max(1, candidates.shape[2] // 4)
+        return ops.coordinate_mixing(candidates, state, k=k, backend=backend)
+
+    return Operation(call, make, "C/4 of C")
 
 
 def _bound(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -97,26 +151,68 @@ def _bound(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 #: What can be timed, by name.
 OPERATIONS: dict[str, Operation] = {
-    "latent_operator": Operation(
-        _bound(ops.latent_operator, patch_size=4), _latent, "4x4 patches, 8 tokens, 24 terms"
-    ),
-    "frequency_filter2d": Operation(ops.frequency_filter2d, _filter, "7x7, zeros"),
-    "frequency_filter2d_circular": Operation(
-        _bound(ops.frequency_filter2d, padding_mode="circular"), _filter, "7x7, circular"
-    ),
-    "haar_dwt2d": Operation(ops.haar_dwt2d, lambda shape, draw: (draw(*shape),)),
-    "haar_idwt2d": Operation(ops.haar_idwt2d, _bands),
-    "haar_split2d": Operation(ops.haar_split2d, lambda shape, draw: (draw(*shape),)),
-    "coordinate_mixing": Operation(_bound(ops.coordinate_mixing, k=16), _mixing, "16 of C"),
-    "depthwise_conv2d": Operation(ops.depthwise_conv2d, _filters(7), "7x7"),
-    "depthwise_conv2d_dilated": Operation(
-        _bound(ops.depthwise_conv2d, dilation=3), _filters(7), "7x7, dilation 3"
-    ),
-    "large_kernel_attention": Operation(
-        ops.large_kernel_attention, _attention, "5x5, 7x7 dilated by 3, 1x1"
-    ),
-    "multiscale_attention": Operation(_multiscale, _multiscale_inputs, "3x3 and 5x5"),
+    "latent_operator": latent(note="4x4 patches, 8 tokens, 24 terms"),
+    "frequency_filter2d": frequency_filter("zeros"),
+    "frequency_filter2d_circular": frequency_filter("circular"),
+    **{name: haar(name) for name in ("haar_dwt2d", "haar_idwt2d", "haar_split2d")},
+    "coordinate_mixing": mixing(),
+    "depthwise_conv2d": depthwise(7),
+    "depthwise_conv2d_dilated": depthwise(7, 3),
+    "large_kernel_attention": large_attention(),
+    "multiscale_attention": multiscale(),
 }
+
+
+class _Caught(Exception):
+    """Carries an op and its arguments out of the public function that called it."""
+
+
+class _Catch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastfusion":
+            raise _Caught(OPERATORS[func._opname], list(args[:-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def op_called(call: Callable[[], Any]) -> tuple[Operator, list[Any]]:
+    """The first op of this library that ``call`` would run, and its arguments but the backend.
+
+    >>> operator, (x,) = op_called(lambda: ops.haar_split2d(torch.ones(1, 1, 2, 2)))
+    >>> operator.name, x.shape
+    ('haar_split2d', torch.Size([1, 1, 2, 2]))
+    """
+    try:
+        with torch.no_grad(), _Catch():
+            call()
+    except _Caught as caught:
+        operator, arguments = caught.args
+        return operator, arguments
+    raise AssertionError("no op of this library was called")
+
+
+def costs(operator: Operator, arguments: Sequence[Any], backward: bool = False) -> tuple[int, int]:
+    """Bytes if each input is read once and each output written once, and FLOPs by formula.
+
+    With ``backward`` its own too: it reads the inputs and the gradients of the outputs, and writes
+    those of the inputs. Meta tensors will do.
+
+    >>> costs(*op_called(lambda: ops.haar_split2d(torch.empty(1, 1, 8, 8))))
+    (768, 128)
+    """
+
+    def size(tensors: Sequence[Any]) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    arguments = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+    outputs = operator.op(*arguments, "auto")
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments]
+    moved, flops = size(arguments) + size(outputs), operator.flops(*shapes)
+    if backward:
+        moved += 2 * size(arguments) + size(outputs)
+        wanted = {operator.argument_names[i] for i in operator.tensors}
+        flops += operator.backward_flops(*shapes, wanted=wanted)
+    return moved, int(flops)
 
 
 def measure(
@@ -196,8 +292,6 @@ def _rows(
     seconds: float,
     limits: machine.Limits,
 ) -> list[dict[str, Any]]:
-    from torch.utils.flop_counter import FlopCounterMode
-
     operation = OPERATIONS[name]
     generator = torch.Generator().manual_seed(0)
 
@@ -205,17 +299,12 @@ def _rows(
         return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
 
     arguments = operation.make(shape, draw)
-    calls = _calls(operation, arguments, contestants, backward)
+    operator, inputs = op_called(lambda: operation.call(*arguments, backend="auto"))
+    calls = _calls(operation, arguments, operator.reference, inputs, contestants, backward)
     for contestant in contestants:
         _check(name, operation, arguments, contestant)
     samples = take_turns(calls, seconds, device)
-    with FlopCounterMode(display=False) as counter:
-        outputs = calls[contestants[0]]()
-    flops = int(counter.get_total_flops())
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    moved = sum(t.numel() * t.element_size() for t in (*arguments, *outputs))
-    if backward:  # the inputs again, and the outputs' gradients, which have the inputs' size or so
-        moved += sum(t.numel() * t.element_size() for t in arguments)
+    moved, flops = costs(operator, inputs, backward)
     kind = str(dtype).removeprefix("torch.")
     size = "x".join(map(str, shape))
     title = f"{name}{' forward + backward' if backward else ''}"
@@ -242,22 +331,15 @@ def _rows(
     ]
 
 
-class _Recorder(TorchDispatchMode):
-    """Remembers the last op of this library that was called, and its arguments."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastfusion":
-            self.operator, self.arguments = OPERATORS[func._opname], args[:-1]
-        return func(*args, **(kwargs or {}))
-
-
 def _calls(
-    operation: Operation, tensors: tuple[Tensor, ...], contestants: Sequence[str], backward: bool
+    operation: Operation,
+    tensors: tuple[Tensor, ...],
+    definition: Callable[..., Any],
+    arguments: Sequence[Any],
+    contestants: Sequence[str],
+    backward: bool,
 ) -> dict[str, Call]:
     """Each contestant's call: the public function, or the definition on the op's arguments."""
-    with _Recorder() as recorder:
-        operation.call(*tensors, backend="reference")
-    definition, arguments = recorder.operator.reference, recorder.arguments
 
     def step(function: Callable[..., Any], inputs: Sequence[Any]) -> Call:
         if not backward:

@@ -13,7 +13,7 @@ import torch
 from benchmarks import gpu_check, gpu_parts
 from benchmarks.gpu_check import Part
 from benchmarks.works import WORKS, Work
-from fastfusion import ops
+from fastfusion.benchmarking import depthwise
 from fastfusion.ops.operator import OPERATORS
 from tests.ops.cases import CASES, FIRST
 
@@ -228,13 +228,7 @@ def test_inputs_do_not_fit_in_the_cache() -> None:
 def test_contestants_compute_the_same() -> None:
     size = (1, 4, 8, 8)
     for backward in (False, True):
-        work = Work(
-            "depthwise_conv2d",
-            "3x3",
-            {"x": size, "weight": (4, 1, 3, 3), "bias": (4,)},
-            lambda t: ops.depthwise_conv2d(t["x"], t["weight"], t["bias"], dilation=2),
-            backward=backward,
-        )
+        work = Work(depthwise(3, 2), "3x3", size, backward=backward)
         calls = gpu_parts.contestants(work, [work.arguments("cpu", torch.float32)], False)
         assert set(calls) == {"fastfusion", "eager", "cuDNN"}
         results = [call(0) for call in calls.values()]
@@ -251,11 +245,10 @@ def test_contestants_compute_the_same() -> None:
 
 def test_costs_by_hand() -> None:
     size = (2, 4, 8, 8)
-    shapes = {"x": size, "weight": (4, 1, 5, 5), "bias": (4,)}
-    work = Work("depthwise_conv2d", "", shapes, lambda t: ops.depthwise_conv2d(**t))
+    work = Work(depthwise(5), "", size)
     image, parameters = 2 * 4 * 64, 4 * 25 + 4
     assert work.costs(torch.float32) == (4 * (2 * image + parameters), 2 * image * 25)
-    both = Work("depthwise_conv2d", "", shapes, lambda t: ops.depthwise_conv2d(**t), backward=True)
+    both = Work(depthwise(5), "", size, backward=True)
     moved, flops = both.costs(torch.bfloat16)
     assert moved == 2 * (2 * image + parameters) + 2 * (3 * image + 2 * parameters)
     assert flops == 3 * 2 * image * 25
