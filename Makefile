@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 
 BIN := $(VENV)/bin
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
@@ -27,6 +28,7 @@ help:
 	@echo "make triton-gate  the Triton kernels compiled for every architecture (make test: sm_90)"
 	@echo "make triton-versions  the Triton kernels' parity and compilation with the oldest and newest Triton"
 	@echo "make triton-sanitize  their parity while every address is checked"
+	@echo "make cuda-sanitize  the CUDA kernels' parity on the CPU, under the address sanitizer, threads in every order"
 	@echo "make clean     remove the environment and everything built"
 
 $(BIN)/python:
@@ -65,12 +67,12 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format -i $(CPP)
 
 $(VENV)/docs.done: $(VENV)/dev.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
@@ -111,6 +113,10 @@ triton-versions: $(VENV)/dev.done
 
 triton-sanitize: $(VENV)/dev.done
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:warnings -p tests.ops.bounds tests/ops/test_parity.py -k "triton and (float32 or layout)"
+
+.PHONY: cuda-sanitize
+cuda-sanitize: $(VENV)/dev.done
+	$(BIN)/python -m tests.cuda_on_cpu.sanitize
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info fastfusion/_C_*

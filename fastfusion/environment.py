@@ -12,6 +12,7 @@ import torch
 
 from fastfusion import native
 from fastfusion._version import __version__
+from fastfusion.ops import choice
 from fastfusion.ops.operator import OPERATORS
 
 #: Optional packages and the extra that brings each.
@@ -29,6 +30,10 @@ OPTIONAL = {
     "tensorboard": "train",
     "matplotlib": "plot",
 }
+
+
+#: The compiled library of a backend.
+_LIBRARIES = {"cpp": native.CPU, "cuda": native.CUDA}
 
 
 def _triton() -> str:
@@ -65,8 +70,8 @@ def backends() -> dict[str, str]:
 def info() -> dict[str, Any]:
     """What is installed, compiled and loadable, as a dictionary (``fastfusion info`` prints it).
 
-    >>> sorted(info())
-    ['backends', 'cpu', 'fastfusion', 'gpu', 'operators', 'packages', 'python', 'system', 'torch']
+    >>> sorted(info())[:5]
+    ['backends', 'cpu', 'fastfusion', 'gpu', 'gpu_choice']
     """
     return {
         "fastfusion": __version__,
@@ -84,10 +89,11 @@ def info() -> dict[str, Any]:
             name: [
                 backend
                 for backend in operator.backends
-                if backend != "cpp" or native.holds(native.CPU, name)
+                if backend not in _LIBRARIES or native.holds(_LIBRARIES[backend], name)
             ]
             for name, operator in OPERATORS.items()
         },
+        "gpu_choice": choice.described(),
         "packages": {name: _version(name) for name in OPTIONAL},
     }
 

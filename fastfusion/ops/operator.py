@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from fastfusion import native
+from fastfusion.ops.choice import choose as _choice
 from fastfusion.ops.flops import register_flops
 
 log = logging.getLogger("fastfusion")
@@ -183,7 +184,8 @@ class Operator:
             )
         }
         self._batched = [i for i in self.tensors if self.argument_names[i] in batched]
-        self._cpp: str | None = None  # why there are no compiled kernels; "" where there are
+        # Why a compiled library has no kernels for this operator; "" where it has.
+        self._missing: dict[str, str] = {}
         self._define(head, returns)
         OPERATORS[self.name] = self
 
@@ -228,11 +230,37 @@ class Operator:
 
         self.add_backend(
             "cpp",
-            forward=_compiled(self.name),
-            backward=_compiled(f"{self.name}_backward"),
+            forward=_compiled(native.CPU, self.name),
+            backward=_compiled(native.CPU, f"{self.name}_backward"),
             why_not=reason,
             declines=declines,
             declines_backward=declines_backward,
+            exact=True,
+        )
+
+    def add_cuda(self, *, why_not: Callable[..., str | None] = _nothing_against) -> None:
+        """Add the kernels of the compiled CUDA library under this operator's name.
+
+        ``why_not`` speaks of the arguments alone: the library, device and dtype are checked before.
+        "auto" prefers these kernels to Triton's where the table in ``choice.py`` says so.
+        """
+
+        def reason(*args: Any) -> str | None:
+            return _why_no_cuda(args[0]) or self._why_no(native.CUDA) or why_not(*args)
+
+        def slow(*args: Any) -> str | None:
+            choice = _choice(self.name, *args)
+            if choice.backend == "cuda" or self.why_not("triton", *args) is not None:
+                return None
+            return f"its table says {choice}"
+
+        self.add_backend(
+            "cuda",
+            forward=_compiled(native.CUDA, self.name),
+            backward=_compiled(native.CUDA, f"{self.name}_backward"),
+            why_not=reason,
+            declines=slow,
+            declines_backward=slow,
             exact=True,
         )
 
@@ -269,12 +297,18 @@ class Operator:
 
     def why_no_cpp(self) -> str | None:
         """None when the compiled CPU library is there and holds this operator's kernels."""
-        if self._cpp is None:
-            self._cpp = native.why_not(native.CPU) or ""
+        return self._why_no(native.CPU)
+
+    def _why_no(self, library: str) -> str | None:
+        """None when a compiled library is there and holds this operator's kernels."""
+        missing = self._missing.get(library)
+        if missing is None:
+            missing = native.why_not(library) or ""
             for name in (self.name, f"{self.name}_backward"):
-                if not self._cpp and not native.holds(native.CPU, name):
-                    self._cpp = f"the compiled CPU library has no kernel for {name}"
-        return self._cpp or None
+                if not missing and not native.holds(library, name):
+                    missing = f"the compiled {library.upper()} library has no kernel for {name}"
+            self._missing[library] = missing
+        return missing or None
 
     def why_not(self, name: str, *args: Any) -> str | None:
         """None when the backend can compute this operator on these arguments, else the reason."""
@@ -631,9 +665,9 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-def _compiled(name: str) -> Callable[..., Any]:
-    """A kernel of the compiled CPU library, looked up at its first call."""
-    lookup = functools.cache(lambda: native.kernel(native.CPU, name))
+def _compiled(library: str, name: str) -> Callable[..., Any]:
+    """A kernel of a compiled library, looked up at its first call."""
+    lookup = functools.cache(lambda: native.kernel(library, name))
     return lambda *args: lookup()(*args)
 
 
@@ -652,10 +686,22 @@ def _why_no_triton(x: Tensor) -> str | None:
     elif x.device.type != "cuda":
         return f"its kernels run on a GPU, got {x.device}"
     elif not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "its kernels need compute capability 8.0 (sm_80) or later"
+        return _TOO_OLD
     if x.dtype == torch.float64:
-        return "its kernels compute in float32, got float64"
+        return _NO_DOUBLES
     return None
+
+
+_TOO_OLD = "its kernels need compute capability 8.0 (sm_80) or later"
+_NO_DOUBLES = "its kernels compute in float32, got float64"
+
+
+def _why_no_cuda(x: Tensor) -> str | None:
+    if x.device.type != "cuda" or torch.version.hip:
+        return f"its kernels run on an NVIDIA GPU, got {x.device}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return _TOO_OLD
+    return _NO_DOUBLES if x.dtype == torch.float64 else None
 
 
 @functools.cache

@@ -3,12 +3,14 @@
 The axes: the operator's cases (odd sizes, sizes 1, every option), dtype, layout of the images
 (contiguous, channels_last, strided, transposed, expanded, at an offset), threads. A backend that
 is written but not built here is skipped, with the reason. Triton's rows are there under
-TRITON_INTERPRET=1; test_triton.py runs them so.
+TRITON_INTERPRET=1, those of CUDA where pytest was given ``-p tests.cuda_on_cpu.library``, which
+runs the kernels on the CPU; test_triton.py and test_cuda.py do so.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tests.ops.cases import CASES, FIRST, Case
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "expanded", "offset")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA_ON_CPU = "tests.cuda_on_cpu.library" in sys.modules
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -101,7 +104,11 @@ def pairs(
     Triton's interpreter, which takes milliseconds for an instruction, gets the cases of at most
     ``interpreted`` elements.
     """
-    left_out = {"" if reference else "reference", "" if INTERPRETED else "triton"}
+    left_out = {
+        "" if reference else "reference",
+        "" if INTERPRETED else "triton",
+        "" if CUDA_ON_CPU else "cuda",
+    }
     found = [
         pytest.param(backend, case, id=f"{backend}-{case}")
         for backend in BACKENDS
@@ -140,7 +147,7 @@ def test_the_tiles_of_a_gpu(backend: str, case: Case, monkeypatch: pytest.Monkey
 @pairs(CASES, reference=False, interpreted=2000)
 def test_other_dtypes(backend: str, case: Case, dtype: torch.dtype) -> None:
     skip_unless_built(backend, case)
-    if backend == "triton" and dtype == torch.float64:
+    if backend in ("triton", "cuda") and dtype == torch.float64:
         with pytest.raises(RuntimeError, match="got float64"):
             check(case, backend, dtype, "contiguous")
         return

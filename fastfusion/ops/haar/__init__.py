@@ -85,6 +85,8 @@ mix = Operator(
 )
 for _operator in (dwt, idwt, split, maxima, mix):
     _operator.add_cpp()
+for _operator in (dwt, idwt, split):
+    _operator.add_cuda()
 for _operator in (dwt, idwt, split, maxima):
     _operator.add_triton("fastfusion.ops.haar.kernels")
 

@@ -1,0 +1,80 @@
+"""What the CUDA kernels promise, tested without a GPU.
+
+The parity matrix runs over them on the host runtime (tests/cuda_on_cpu), in processes of its own
+because there the operators' backend "cuda" takes CPU tensors. ``make cuda-sanitize`` runs it under
+the address sanitizer, in several orders of the threads.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastfusion.ops import choice
+from fastfusion.ops.operator import OPERATORS
+from tests.cuda_on_cpu import library
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = sorted(name for name, operator in OPERATORS.items() if "cuda" in operator.backends)
+
+needs_compiler = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+
+
+@needs_compiler
+@pytest.mark.timeout(900)  # the kernels are compiled first
+def test_parity_on_the_host_runtime() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_ON_CPU_ORDER": "random"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-x", "-p", "no:warnings"),
+            *("-p", "tests.cuda_on_cpu.library", "tests/ops/test_parity.py"),
+            *("-k", "cuda and not threads"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "100%" in done.stdout
+
+
+def test_the_table_names_each_operator_that_has_both_backends() -> None:
+    assert sorted(choice.TABLE) == NAMES
+    for classes in choice.TABLE.values():
+        for choices in classes.values():
+            assert choice.ANY in choices
+            for entry in choices.values():
+                assert entry.backend in ("cuda", "triton")
+                assert entry.reason
+                assert entry.basis
+    for name in choice.SHAPE_CLASSES:
+        assert len(choice.TABLE[name]) > 1
+
+
+def test_auto_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = OPERATORS["haar_split2d"]
+    x = torch.zeros(1, 1, 2, 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    table = {"all": {"any": choice.Choice("cuda", "a"), "sm_90": choice.Choice("triton", "b")}}
+    monkeypatch.setitem(choice.TABLE, "haar_split2d", table)
+    declines = operator.backends["cuda"].declines
+    monkeypatch.setattr(operator, "why_not", lambda name, *args: None)
+    assert declines(x) == "its table says triton (predicted: b)"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert declines(x) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(operator, "why_not", lambda name, *args: "not here")
+    assert declines(x) is None  # nothing is left to Triton where it cannot run
+
+
+def test_cuda_says_why_it_cannot() -> None:
+    split = OPERATORS["haar_split2d"]
+    assert "NVIDIA GPU, got cpu" in (split.why_not("cuda", torch.zeros(1, 1, 2, 2)) or "")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this"):
+        split(torch.zeros(1, 1, 2, 2), backend="cuda")
