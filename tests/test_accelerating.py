@@ -13,8 +13,10 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastfusion
+from fastfusion.accelerating import convnext
 from tests.closeness import assert_close
 
 
@@ -406,6 +408,164 @@ def test_third_party_model_compiled_and_exported(name):
         assert_close(compiled(x), expected, 1e-5, "compiled")
         exported = torch.export.export(Features(), (x,)).module()
         assert_close(exported(x), expected, 1e-5, "exported")
+
+
+# -- ConvNeXt's block -----------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """ConvNeXt's block as its authors wrote it; V2's with ``response``."""
+
+    def __init__(self, width=8, activation=None, response=False, scale=1e-6):
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.pwconv1 = nn.Linear(width, 4 * width)
+        self.act = activation or nn.GELU()
+        self.pwconv2 = nn.Linear(4 * width, width)
+        self.gamma = nn.Parameter(torch.full((width,), scale)) if scale else None
+        if response:
+            self.grn = nn.LayerNorm(4 * width)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        y = self.act(self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1))))
+        y = self.pwconv2(self.grn(y) if hasattr(self, "grn") else y)
+        y = y if self.gamma is None else self.gamma * y
+        return x + self.drop(y.permute(0, 3, 1, 2))
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The activations of the fused products that were run."""
+    seen, product = [], convnext._linear
+
+    def noted(x, layer, activation):
+        seen.append(activation)
+        return product(x, layer, activation)
+
+    monkeypatch.setattr(convnext, "_linear", noted)
+    return seen
+
+
+def test_a_convnext_block_in_inference(products):
+    for options in ({"scale": 0.5}, {"scale": None}, {"response": True, "scale": 0.5}):
+        net = nn.Sequential(Block(**options)).train()
+        report = fastfusion.accelerate(net)
+        assert [row.kind for row in report.swapped] == ["ConvNeXt block", "depthwise convolution"]
+        assert net[0].training and net[0].drop.training
+        net.eval()
+        plain = copy.deepcopy(net)
+        fastfusion.accelerate(plain).restore()
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 8, 9, 11).contiguous(memory_format=layout)
+            products.clear()
+            with torch.no_grad():
+                y = net(x)
+            assert products == ["gelu", "none"]
+            with torch.no_grad():
+                truth = plain[0].forward(x)
+            assert_close(y, truth, 1e-5, "output")
+            assert y.stride() == truth.stride()
+        report.restore()
+        assert type(net[0]) is Block
+
+
+def test_a_convnext_block_is_left_alone_where_someone_looks(products):
+    net = nn.Sequential(Block(scale=0.5)).eval()
+    plain, x = copy.deepcopy(net), torch.randn(2, 8, 9, 11)
+    fastfusion.accelerate(net)
+    products.clear()
+    for model in (net, plain):
+        model(x).square().sum().backward()
+    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert_close(p.grad, q.grad, 1e-4, name)
+    counted = []
+    with torch.no_grad():
+        for model in (net, plain):
+            with FlopCounterMode(display=False) as counter:
+                model(x)
+            counted.append(counter.get_total_flops())
+        with torch.autocast("cpu"):
+            net(x)
+        net.double()(x.double())
+        net.float().train()(x)
+    assert counted[0] == counted[1] > 0
+    assert products == []
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (Block(activation=nn.ReLU()), "another activation"),
+        (Block(activation=nn.GELU(approximate="tanh")), "another activation"),
+        (
+            type("Twice", (Block,), {"forward": lambda self, x: 2 * Block.forward(self, x)})(),
+            "diff",
+        ),
+        (
+            # A difference that a fresh block's tiny scale would hide.
+            type(
+                "Other",
+                (Block,),
+                {"forward": lambda self, x: x + self.gamma[:, None, None] * self.dwconv(x)},
+            )(),
+            "differs",
+        ),
+    ],
+)
+def test_a_block_that_looks_like_convnexts_is_left(block, reason):
+    report = fastfusion.accelerate(block)
+    assert [row.kind for row in report.left] == ["ConvNeXt block"]
+    assert reason in report.left[0].note
+    assert [row.kind for row in report.swapped] == ["depthwise convolution"]
+
+
+def test_a_convnext_block_with_hooks_inside_is_left():
+    block, seen = Block(), []
+    block.pwconv1.register_forward_hook(lambda *arguments: seen.append(1))
+    report = fastfusion.accelerate(block)
+    assert "hooks" in report.left[0].note
+    with torch.no_grad():
+        block.eval()(torch.randn(1, 8, 9, 9))
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    "name", ["convnext_femto_ols", "convnext_tiny", "convnextv2_tiny", "mobilenetv2_050"]
+)
+def test_models_of_timm(name):
+    try:
+        timm = importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another PyTorch
+        pytest.skip(f"timm cannot be imported: {str(error).splitlines()[0]}")
+    torch.manual_seed(0)
+    options = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)} if "convnext" in name else {}
+    model = timm.create_model(name, num_classes=10, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():  # its layer scales and responses begin near 0
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 3, 64, 64)
+    model.eval(), plain.eval()
+    report = fastfusion.accelerate(model)
+    kinds = {row.kind for row in report.swapped}
+    assert "depthwise convolution" in kinds
+    assert ("ConvNeXt block" in kinds) == (name in ("convnext_tiny", "convnextv2_tiny"))
+    with torch.no_grad():
+        assert_close(model(x), plain(x), 1e-5, "output")
+    assert list(model.state_dict()) == list(plain.state_dict())
+    scale = max(p.abs().max().item() for p in plain.parameters())
+    for net in (model, plain):
+        optimiser = torch.optim.SGD(net.parameters(), lr=1e-3)
+        for _ in range(2):
+            optimiser.zero_grad()
+            net(x).square().mean().backward()
+            optimiser.step()
+    for (key, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_close(a, b, 1e-4, key, scale=scale)
+    report.restore()
+    assert all(type(a) is type(b) for a, b in zip(model.modules(), plain.modules(), strict=True))
 
 
 def test_with_an_example_only_what_gets_faster_is_swapped(monkeypatch):

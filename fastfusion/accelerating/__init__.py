@@ -61,7 +61,8 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
     Recognised by structure, never by import: depthwise ``nn.Conv2d`` of stride 1 whose padding is
     at most the one that keeps the size, together with a ReLU, GELU or SiLU module that alone uses
     its output (where ``torch.fx`` can trace the model); VAN's large-kernel attention; the spectral
-    blocks of LSM and LSO; pytorch_wavelets' transforms with the Haar wavelet. A layer is swapped
+    blocks of LSM and LSO; pytorch_wavelets' transforms with the Haar wavelet; in inference
+    (``eval()``, without gradients) ConvNeXt's block. A layer is swapped
     only when it gives the same output on a random input. Parameters, buffers, hooks and the
     state_dict stay as they are.
 
@@ -107,6 +108,8 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
                 report.left.append(Layer(name, found.kind, problem))
                 continue
             report.swapped.append(Layer(name, found.kind, note))
+            if not found.whole:
+                continue
         inside += (f"{name}." if name else "",)
     if before is not None:
         report.gain = before / _seconds(model, arguments)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastfusion.accelerating.swapping import watched
+
 #: The activations that the operators apply by themselves, by their modules.
 KINDS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
@@ -32,7 +34,7 @@ def following_activations(model: nn.Module) -> dict[str, str]:
     return {
         layer: follower
         for layer, follower in pairs.items()
-        if not any(_watched(model.get_submodule(name)) for name in (layer, follower))
+        if not any(watched(model.get_submodule(name)) for name in (layer, follower))
         and not shared & {id(model.get_submodule(layer)), id(model.get_submodule(follower))}
     }
 
@@ -62,7 +64,3 @@ def _called_by_more_than_one_name(model: nn.Module) -> set[int]:
     for _, module in model.named_modules(remove_duplicate=False):
         seen[id(module)] = seen.get(id(module), 0) + 1
     return {key for key, count in seen.items() if count > 1}
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

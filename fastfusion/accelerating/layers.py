@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfusion import ops
+from fastfusion.accelerating import convnext
 from fastfusion.accelerating.activations import label
 from fastfusion.accelerating.swapping import Example, Forward, difference, original_forward
 from fastfusion.ops.depthwise import LARGEST_KERNEL
@@ -18,12 +19,16 @@ from fastfusion.ops.depthwise import LARGEST_KERNEL
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A layer of a known kind: its fast forward, or in the note the reason why there is none."""
+    """A layer of a known kind: its fast forward, or in the note the reason why there is none.
+
+    A ``whole`` layer no longer calls the layers inside it.
+    """
 
     kind: str
     note: str
     forward: Forward | None = None
     example: Example = lambda draw: ()
+    whole: bool = True
 
 
 # -- depthwise convolution -----------------------------------------------------------------------
@@ -282,10 +287,27 @@ def _synthesis(self: Any, coeffs: tuple[Tensor, list[Tensor | None]]) -> Tensor:
     return x
 
 
+# -- ConvNeXt ------------------------------------------------------------------------------------
+
+
+def convnext_block(module: nn.Module) -> Found | None:
+    parts = convnext.parts(module)
+    if parts is None:
+        return None
+    kind = "ConvNeXt block"
+    problem = convnext.why_not(module, parts)
+    if problem is not None:
+        return Found(kind, f"not covered: {problem}")
+    channels = parts["convolution"].in_channels
+    example: Example = lambda draw: (draw(2, channels, 12, 13),)  # noqa: E731
+    return Found(kind, f"{channels} channels, in inference", convnext.forward, example, whole=False)
+
+
 RECOGNISERS: tuple[Callable[[nn.Module], Found | None], ...] = (
     depthwise,
     large_kernel_attention,
     spectral_block,
     haar_analysis,
     haar_synthesis,
+    convnext_block,
 )

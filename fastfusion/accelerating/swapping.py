@@ -33,6 +33,11 @@ def restore(module: nn.Module) -> None:
         module.__class__ = original
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether hooks see what goes in or comes out of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 def original_forward(module: nn.Module) -> Forward:
     """What a swapped module's ``forward`` was."""
     return getattr(type(module), "accelerated_from", type(module)).forward
@@ -56,11 +61,16 @@ def difference(
         return torch.randn(shape, generator=generator).to(like)
 
     arguments = example(draw)
+    modes = {part: part.training for part in module.modules()}
+    module.eval()  # what training draws at random is no difference
     with torch.no_grad():
         try:
             expected, found = original(module, *arguments), forward(module, *arguments)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             return f"it cannot be compared: {str(error).splitlines()[0]}"
+        finally:
+            for part, training in modes.items():
+                part.training = training
     pairs = list(zip(tree_leaves(expected), tree_leaves(found), strict=False))
     if len(tree_leaves(expected)) != len(tree_leaves(found)) or any(
         not isinstance(truth, Tensor) or truth.shape != y.shape for truth, y in pairs
