@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import math
 import pickle
 import sys
 import types
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastfusion
+from benchmarks.lsm import LSM, SpectralBlock
 from fastfusion.accelerating import convnext
 from tests.closeness import assert_close
 
@@ -31,49 +31,6 @@ class LKA(nn.Module):
 
     def forward(self, x):
         return x * self.conv1(self.conv_spatial(self.conv0(x)))
-
-
-class SpectralBlock(nn.Module):
-    """LSM's block, and with ``squash`` LSO's, with the names of their authors' code."""
-
-    def __init__(self, width=16, basis=6, patch=(4, 4), tokens=3, squash=False):
-        super().__init__()
-        self.patch_size, self.squash, self.head = patch, squash, 8
-        modes = torch.arange(1, basis + 1.0) if squash else torch.arange(basis) / basis
-        self.modes_list = modes
-        self.weights = nn.Parameter(torch.rand(width, 2 * basis) / width)
-        self.latent = nn.Parameter(torch.rand(8, tokens, width // 8) / width)
-        self.encoder_attn = nn.Conv2d(width, 2 * width, 1)
-        self.decoder_attn = nn.Conv2d(width, width, 1)
-
-    def attend(self, q, k, v):
-        scores = torch.einsum("bhlc,bhsc->bhls", q, k)
-        if self.squash:
-            scores = scores / math.sqrt(q.shape[-1])
-        return torch.einsum("bhls,bhsc->bhlc", scores.softmax(-1), v)
-
-    def forward(self, x):
-        b, c, h, w = x.shape
-        (ph, pw), d = self.patch_size, c // self.head
-        x = x.view(b, c, h // ph, ph, w // pw, pw).permute(0, 2, 4, 1, 3, 5)
-        x = x.reshape(-1, c, ph, pw)
-        n, length = len(x), ph * pw
-        kv = self.encoder_attn(x).view(n, 2 * c, -1).permute(0, 2, 1)
-        kv = kv.reshape(n, length, self.head, d, 2).permute(4, 0, 2, 1, 3)
-        tokens = self.latent[None].expand(n, -1, -1, -1)
-        z = self.attend(tokens, kv[0], kv[1]) + tokens
-        z = z.permute(0, 1, 3, 2).reshape(n, c, -1)
-        if self.squash:
-            z = math.pi * z.sigmoid()
-        phase = self.modes_list * z[..., None] * math.pi
-        basis = torch.cat([phase.sin(), phase.cos()], dim=-1)
-        z = torch.einsum("bilm,im->bil", basis, self.weights) + z
-        z = z.view(n, self.head, d, -1).permute(0, 1, 3, 2)
-        q = self.decoder_attn(x).view(n, c, -1).permute(0, 2, 1)
-        q = q.reshape(n, length, self.head, d).permute(0, 2, 1, 3)
-        y = self.attend(q, z, z).permute(0, 1, 3, 2).reshape(n, c, ph, pw) + x
-        y = y.view(b, h // ph, w // pw, c, ph, pw).permute(0, 3, 1, 4, 2, 5)
-        return y.reshape(b, c, h, w)
 
 
 def model() -> nn.Sequential:
@@ -119,6 +76,28 @@ def test_training_goes_on():
     scale = max(p.grad.norm().item() for p in plain.parameters())
     for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert_close(p.grad, q.grad, 1e-3, name, scale=1e-2 * scale)
+
+
+def test_a_latent_spectral_model():
+    """Every scale of the whole model, forward and two training steps."""
+    torch.manual_seed(0)
+    net, x = LSM(width=16, scales=3, patch=4), torch.randn(2, 1, 32, 48)
+    plain = copy.deepcopy(net)
+    report = fastfusion.accelerate(net)
+    assert [row.kind for row in report.swapped] == 3 * ["latent operator"]
+    assert not report.left
+    with torch.no_grad():
+        net.eval(), plain.eval()
+        assert_close(net(x), plain(x), 1e-4, "output")
+        net.train(), plain.train()
+    for model in (net, plain):
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            optimiser.zero_grad()
+            model(x).square().mean().backward()
+            optimiser.step()
+    for (name, p), q in zip(net.named_parameters(), plain.named_parameters(), strict=True):
+        assert_close(p, q[1], 1e-3, name)
 
 
 def test_copies_and_pickles():
@@ -413,6 +392,18 @@ def test_third_party_model_compiled_and_exported(name):
 # -- ConvNeXt's block -----------------------------------------------------------------------------
 
 
+class Response(nn.Module):
+    """V2's global response normalisation."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(torch.randn(1, 1, 1, width)) for _ in range(2))
+
+    def forward(self, x):
+        norm = x.norm(dim=(1, 2), keepdim=True)
+        return self.gamma * x * norm / (norm.mean(-1, keepdim=True) + 1e-6) + self.beta + x
+
+
 class Block(nn.Module):
     """ConvNeXt's block as its authors wrote it; V2's with ``response``."""
 
@@ -425,7 +416,7 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * width, width)
         self.gamma = nn.Parameter(torch.full((width,), scale)) if scale else None
         if response:
-            self.grn = nn.LayerNorm(4 * width)
+            self.grn = Response(4 * width)
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x):
@@ -572,9 +563,22 @@ def test_with_an_example_only_what_gets_faster_is_swapped(monkeypatch):
     """The clock decides, so here it is one of our own: the first layer gains, the second not."""
     ratios = iter([2.0, 0.5])
     monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: next(ratios))
+    seconds = iter([3.0, 2.0])
+    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
     net = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2)))
     report = fastfusion.accelerate(net, torch.randn(1, 4, 9, 9))
     assert [row.name for row in report.swapped] == ["0"]
     assert report.left[0].note == "no faster on the example: 0.50 times"
-    assert report.gain > 0
+    assert report.gain == 1.5
     assert not net[0]._forward_pre_hooks
+
+
+def test_with_an_example_a_model_that_gains_nothing_is_restored(monkeypatch):
+    monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: 2.0)
+    seconds = iter([2.0, 2.5])
+    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4))
+    report = fastfusion.accelerate(net, torch.randn(1, 4, 9, 9))
+    assert type(net[0]) is nn.Conv2d
+    assert report.swapped == []
+    assert report.left[0].note.endswith("the whole model did not: 0.80 times")

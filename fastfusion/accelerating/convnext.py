@@ -3,7 +3,8 @@
 Behind the 7x7 convolution the block is ``x + scale * (W2 gelu(W1 norm(y)))``. PyTorch copies the
 bias into each product's output, goes over the wide result once more for the GELU, and twice over
 the narrow one for the scale and the sum. Here, where only values are asked for, the products are
-oneDNN's with bias and GELU inside, as ``torch.compile`` has them, and scale and sum are one pass.
+oneDNN's with bias and GELU inside, as ``torch.compile`` has them, scale and sum are one pass, and
+so is V2's global response normalisation behind its norm, ``h * (1 + weight * response) + bias``.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def parts(module: nn.Module) -> dict[str, Any] | None:
         and isinstance(found.get("norm"), nn.Module)
         and isinstance(found.get("activation"), nn.Module)
         and isinstance(found.get("scale"), Tensor | None)
+        and ("response" not in found or len(list(found["response"].parameters())) == 2)
     )
     return found if fits else None
 
@@ -58,8 +60,9 @@ def why_not(module: nn.Module, layers: dict[str, Any]) -> str | None:
     points = torch.linspace(-4, 4, 33)
     if not torch.allclose(layers["activation"](points), F.gelu(points), atol=1e-6):
         return "another activation than the exact GELU"
-    unseen = [layers[role] for role in ("first", "activation", "second")]
-    if any(watched(layer) for layer in [*unseen, getattr(module, "mlp", module)]):
+    passed_by = [layers.get(role) for role in ("first", "activation", "response", "second")]
+    passed_by += [getattr(module, "mlp", None)]
+    if any(watched(layer) for layer in passed_by if layer is not None):
         return "hooks on its layers"
     # Of freshly made blocks the scale is 1e-6 or V2's response is 0, which would hide any mistake.
     probe = copy.deepcopy(module)
@@ -83,7 +86,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
     y = layers["norm"](layers["convolution"](x).permute(0, 2, 3, 1))
     y = _linear(y, layers["first"], "gelu")
     if "response" in layers:
-        y = layers["response"](y)
+        y = _normalised(y, *layers["response"].parameters())
     y = _linear(y, layers["second"], "none")
     residual = x.permute(0, 2, 3, 1)
     scale = layers.get("scale")
@@ -93,6 +96,13 @@ def forward(self: Any, x: Tensor) -> Tensor:
 
 def _linear(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], "none")
+
+
+def _normalised(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Global response normalisation (ConvNeXt V2, equations 1 to 3), channels in the last place."""
+    norm = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
+    response = norm / (norm.mean(-1, keepdim=True) + 1e-6)
+    return torch.addcmul(bias, h, 1 + weight * response)
 
 
 def _values_only(module: nn.Module, x: Any) -> bool:
