@@ -108,7 +108,8 @@ def page(lines: list[list[str]]) -> str:
             "`fastfusion.accelerate(model, example)` took turns; medians, and of the ratio of each "
             "turn the quartiles. The difference is that of the outputs, relative L2. ConvNeXt and "
             "MobileNet are those of transformers, LSM is `benchmarks/lsm.py`. In a training step "
-            "every layer that is known is swapped, without an example.",
+            "every layer that is known is swapped, without an example. Where nothing was swapped, "
+            "two equal models took turns, and the ratio is the noise of this table.",
             "",
             *("| " + " | ".join(line) + " |" for line in table),
             "",

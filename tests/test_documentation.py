@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -25,3 +26,52 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         line = text.count("\n", 0, block.start(1))
         code = compile("\n" * line + block.group(1), str(page), "exec")
         exec(code, names)
+
+
+def _citizenship() -> list[list[str]]:
+    """The cells of the table of `docs/citizenship.md`, without its head."""
+    text = (ROOT / "docs" / "citizenship.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_each_cell_of_the_citizenship_table_has_its_test() -> None:
+    defined = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    rows = _citizenship()
+    assert len(rows) > 15
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row[-1])
+        assert len(row) == 4 and all(row) and names, row
+        assert set(names) <= defined, f"{row[0]}: {set(names) - defined} are no tests"
+
+
+def test_the_citizenship_table_holds_for_every_operator() -> None:
+    """What it says of "every operator" runs over one table of calls; what that leaves out is named.
+
+    Those are steps inside a layer or a method, which are no functions of `fastfusion.ops`.
+    """
+    from fastfusion import ops
+    from fastfusion.ops.operator import OPERATORS
+    from tests.ops.cases import CASES
+
+    tested = {case.operator for case in CASES}
+    assert set(ops.__all__) <= tested
+    page = (ROOT / "docs" / "citizenship.md").read_text()
+    assert {name for name in OPERATORS if f"`{name}`" in page} == set(OPERATORS) - tested
+
+
+def test_pages_name_files_that_exist() -> None:
+    """Links between the pages, and commands that run a file or a module of the repository."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#:\s]+?)(?:#[^)]*)?\)", text):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+        for module in re.findall(r"python -m (benchmarks\.\w+)", text):
+            assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{page}: {module}"
+        for script in re.findall(r"python (examples/\w+\.py)", text):
+            assert (ROOT / script).exists(), f"{page}: {script}"

@@ -91,7 +91,7 @@ def test_unmix(run):
     figures = {
         line.split("  ")[0]: [float(value) for value in re.findall(r"\d\.\d{4}", line)]
         for line in told.splitlines()
-        if " all " in line
+        if "   all " in line
     }
     assert list(figures) == ["FSRVL", "purest pixels, bicubic", "the same everywhere"]
     assert all(len(values) == 5 for values in figures.values())
