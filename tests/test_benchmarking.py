@@ -13,7 +13,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import models, report
+from benchmarks.lsm import LSM
 from fastfusion import benchmarking, machine, reports
 from fastfusion.cli import main
 
@@ -217,3 +218,24 @@ def test_make_bench_writes_the_page_and_compares(tmp_path, monkeypatch, capsys):
     options = ["bench", "--op", "haar_split2d", "--shape", "1x4x8x8", "--seconds", "0.001"]
     assert main([*options, "--compare", str(tmp_path / "bench.json")]) == 0
     assert "no row in common" in capsys.readouterr().out
+
+
+def test_the_page_of_whole_models(tmp_path, monkeypatch, capsys):
+    """A model measured again takes the place of its line; the other lines stay."""
+    page = tmp_path / "models.md"
+    lines = [[name, "1 x 2", "inference", *5 * ["1.0"]] for name in ("ConvNeXt-Tiny", "LSM")]
+    page.write_text(models.page(lines))
+    monkeypatch.setitem(
+        models.CASES, "LSM", (lambda: LSM(channels=1, width=8, scales=2), [(1, 1, 16, 16)], True)
+    )
+    arguments = ["models", "--models", "LSM", "--seconds", "0.001", "--write", str(page)]
+    monkeypatch.setattr("sys.argv", arguments)
+    models.main()
+    rows = [line[2:-2].split(" | ") for line in page.read_text().splitlines() if "| 1 x" in line]
+    assert rows[0] == lines[0]
+    assert [row[:3] for row in rows[1:]] == [
+        ["LSM", "1 x 1 x 16 x 16", "inference"],
+        ["LSM", "1 x 1 x 16 x 16", "training step"],
+    ]
+    assert rows[2][7] == "2 latent operator"
+    assert all(float(row[6]) < 1e-4 for row in rows[1:])
