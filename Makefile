@@ -11,7 +11,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs sanitize quality bench kernels gpu-check triton-gate triton-versions triton-sanitize clean
+.PHONY: help demo test lint format docs sanitize quality bench kernels gpu-check triton-gate triton-versions triton-sanitize wheel wheel-test clean
 
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
@@ -29,6 +29,8 @@ help:
 	@echo "make triton-versions  the Triton kernels' parity and compilation with the oldest and newest Triton"
 	@echo "make triton-sanitize  their parity while every address is checked"
 	@echo "make cuda-sanitize  the CUDA kernels' parity on the CPU, under the address sanitizer, threads in every order"
+	@echo "make wheel     one audited wheel for every Python and torch, in dist/"
+	@echo "make wheel-test  install it into fresh environments (WHEEL_TESTS) and test it there"
 	@echo "make clean     remove the environment and everything built"
 
 $(BIN)/python:
@@ -117,6 +119,21 @@ triton-sanitize: $(VENV)/dev.done
 .PHONY: cuda-sanitize
 cuda-sanitize: $(VENV)/dev.done
 	$(BIN)/python -m tests.cuda_on_cpu.sanitize
+
+$(VENV)/release.done: $(VENV)/dev.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[release]'
+	@touch $@
+
+wheel: $(VENV)/release.done
+	rm -f dist/fastfusion-*.whl
+	$(BIN)/python csrc/release.py --out dist
+
+# PYTHON:TORCH, the oldest and the newest of both. Most builds of torch bring gigabytes of CUDA
+# libraries; an environment is removed after its tests.
+WHEEL_TESTS ?= 3.10:2.10.0 3.11:2.13.0 3.13:2.15.0
+wheel-test:
+	@ls dist/fastfusion-*.whl >/dev/null 2>&1 || $(MAKE) wheel
+	$(BIN)/python tests/wheel.py dist/fastfusion-*.whl --environments $(WHEEL_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info fastfusion/_C_*

@@ -2,6 +2,7 @@
 
 ``FASTFUSION_CPP=0`` leaves them out, ``FASTFUSION_CPP=1`` makes it an error when they cannot be
 built. By default the package is then installed without them, with a note that says why.
+``FASTFUSION_PORTABLE=1`` links them for older systems too (csrc/release.py, for a wheel).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
-from build import LIBRARY, CannotBuild, build
+from build import CannotBuild, build
 
 KERNELS = "_C_cpu"
 NOTE = f"{KERNELS}.why_not.txt"  # fastfusion/native.py shows it
@@ -33,7 +34,11 @@ class BuildKernels(build_ext):
         try:
             if wish == "0":
                 raise CannotBuild("FASTFUSION_CPP=0 was set when fastfusion was installed")
-            built = build(library.parent, objects=Path(self.build_temp) / KERNELS)
+            built = build(
+                library.parent,
+                objects=Path(self.build_temp) / KERNELS,
+                portable=os.environ.get("FASTFUSION_PORTABLE") == "1",
+            )
             assert built == library.resolve(), (built, library)
         except CannotBuild as error:
             if wish == "1":
@@ -42,13 +47,13 @@ class BuildKernels(build_ext):
             note.write_text(f"{error}\n")
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install: the library, or the note, goes beside the sources."""
+        """For an editable install: the libraries and notes go beside the sources."""
         built = Path(self.build_lib) / "fastfusion"
         package = Path(__file__).resolve().parent / "fastfusion"
-        for name in (LIBRARY, NOTE):
-            (package / name).unlink(missing_ok=True)
-            if (built / name).is_file():
-                self.copy_file(str(built / name), str(package / name))
+        for old in package.glob("_C_*"):
+            old.unlink()
+        for new in built.glob("_C_*"):
+            self.copy_file(str(new), str(package / new.name))
 
 
 setup(

@@ -2,7 +2,8 @@
 
 ``python csrc/build.py --out DIR`` leaves ``DIR/_C_cpu.abi3.so``, and ``FASTFUSION_LIBRARY_DIR=DIR``
 makes fastfusion load it from there. Torch is neither imported nor needed where this runs: its
-headers are found in the environment that the package is installed into.
+headers are found in the environment that the package is installed into. A portable library, for a
+wheel, also runs where glibc and libstdc++ are older than here (portable.py).
 """
 
 from __future__ import annotations
@@ -101,7 +102,14 @@ def _check_torch(torch: Path) -> None:
         raise CannotBuild(f"the torch in {torch.parent} is {found}, 2.10 or later is needed")
 
 
-def _ninja_file(torch: Path, compiler: list[str], objects: Path, library: Path, extra: str) -> str:
+def _ninja_file(
+    torch: Path,
+    compiler: list[str],
+    objects: Path,
+    library: Path,
+    extra: str,
+    portable: list[str],
+) -> str:
     def escape(path: Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -119,7 +127,8 @@ def _ninja_file(torch: Path, compiler: list[str], objects: Path, library: Path, 
         # `import torch` has brought it.
         f"  command = {command} -shared {extra} $in -o $out "
         f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu -Wl,--no-undefined "
-        f"-Wl,--allow-shlib-undefined -Wl,--as-needed {'' if extra else '-s'}",
+        f"-Wl,--allow-shlib-undefined -Wl,--as-needed {'' if extra else '-s'} "
+        f"{shlex.join(portable)}",
         "  description = link $out",
     ]
     built = []
@@ -143,14 +152,29 @@ def _ninja_file(torch: Path, compiler: list[str], objects: Path, library: Path, 
     return "\n".join(lines) + "\n"
 
 
+def _portable_link(compiler: list[str], folder: Path) -> list[str]:
+    from portable import portable_link  # beside this file; tests load this file alone
+
+    try:
+        return portable_link(compiler, folder)
+    except subprocess.CalledProcessError as error:
+        raise CannotBuild(f"the compiler failed: {shlex.join(error.cmd)}") from error
+
+
 def build(
-    out: Path, *, objects: Path | None = None, flags: str = "", verbose: bool = False
+    out: Path,
+    *,
+    objects: Path | None = None,
+    flags: str = "",
+    portable: bool = False,
+    verbose: bool = False,
 ) -> Path:
     """Build ``_C_cpu`` into the folder ``out`` and return its path.
 
     Args:
         objects: where object files are kept (what has not changed is not compiled again).
         flags: more options for the compiler and the linker, e.g. ``-fsanitize=address``.
+        portable: link for older systems too, as a wheel needs it.
         verbose: show the commands.
 
     Raises:
@@ -171,7 +195,8 @@ def build(
         folder.mkdir(parents=True, exist_ok=True)
     library = out / LIBRARY
     plan = objects / "build.ninja"
-    plan.write_text(_ninja_file(torch, compiler, objects, library, flags))
+    link = _portable_link(compiler, objects / "portable") if portable else []
+    plan.write_text(_ninja_file(torch, compiler, objects, library, flags, link))
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     command = [ninja, "-f", str(plan), "-C", str(objects), "-j", jobs, *["-v"] * verbose]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -190,10 +215,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the library")
     parser.add_argument("--flags", default="", help="more compiler and linker options")
+    parser.add_argument("--portable", action="store_true", help="run on older systems too")
     parser.add_argument("--verbose", action="store_true", help="show the commands")
     arguments = parser.parse_args()
     try:
-        print(build(arguments.out, flags=arguments.flags, verbose=arguments.verbose))
+        print(
+            build(
+                arguments.out,
+                flags=arguments.flags,
+                portable=arguments.portable,
+                verbose=arguments.verbose,
+            )
+        )
     except CannotBuild as error:
         sys.exit(str(error))
 
