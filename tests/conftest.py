@@ -5,10 +5,29 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
+from tests.reliability.effort import TORTURE
+
 ROOT = Path(__file__).resolve().parents[1]
+
+# Tests on shared machines are slow at times; what they try beside other tests is always the same,
+# so that a change that breaks nothing passes.
+hypothesis.settings.register_profile(
+    "fastfusion",
+    deadline=None,
+    database=None,
+    derandomize=not TORTURE,
+    print_blob=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.function_scoped_fixture,  # ours reset what every example may share
+    ],
+)
+hypothesis.settings.load_profile("fastfusion")
 
 
 @pytest.fixture(autouse=True)
