@@ -26,6 +26,7 @@ from fastfusion.data.sensors import Degradation, apply_srf, srf_from_bands
 from fastfusion.fusing import fuse
 from fastfusion.models.base import FusionModel
 from fastfusion.models.regression import RegressionModel
+from fastfusion.ops import checks
 from fastfusion.ops.operator import backend as backend_for_block
 
 __all__ = [
@@ -118,6 +119,14 @@ def case_of(
     Raises:
         ValueError: the scene has another scale or is smaller than it; the sensors do not fit.
     """
+    checks.of_type("scene", scene, Scene, "a Scene")
+    if scale is not None:
+        checks.integer("scale", scale, low=2)
+    if srf is not None:
+        checks.dense("srf", srf, dims=2)
+    if degradation is not None:
+        checks.of_type("degradation", degradation, Degradation, "a Degradation or None")
+    _check_displacement(shift, rotation, zoom)
     if scene.reference is None:
         return _as_acquired(scene, scale, srf, degradation)
     cube = scene.reference
@@ -141,6 +150,7 @@ def case_of(
     else:
         if srf is None:
             srf = broad_bands(cube) if scene.srf is None else torch.from_numpy(scene.srf)
+        checks.response("srf", srf, (len(srf), cube.bands))
         srf = srf.float()
         hr_msi = apply_srf(reference, srf)
     return Case(scene.name, protocol, lr_hsi, hr_msi, reference, cube.wavelengths, srf, degradation)
@@ -185,6 +195,7 @@ def broad_bands(cube: Cube) -> Tensor:
     >>> broad_bands(Cube(np.ones((31, 4, 4)), wavelengths=np.arange(400, 701, 10))).shape
     torch.Size([3, 31])
     """
+    checks.of_type("cube", cube, Cube, "a Cube")
     if cube.wavelengths is not None:
         axis = cube.wavelengths
         covered = [band for band in _BROAD if axis.min() <= band[0] <= axis.max() - band[1] / 2]
@@ -209,6 +220,8 @@ def displaced(cube: Tensor, shift: float = 0.0, rotation: float = 0.0, zoom: flo
     >>> torch.allclose(displaced(cube, shift=1)[:, 1:, 1:], cube[:, :-1, :-1], atol=1e-6)
     True
     """
+    checks.dense("cube", cube, dims=3)
+    _check_displacement(shift, rotation, zoom)
     if (shift, rotation, zoom) == (0, 0, 1):
         return cube
     height, width = cube.shape[-2:]
@@ -228,6 +241,12 @@ def displaced(cube: Tensor, shift: float = 0.0, rotation: float = 0.0, zoom: flo
     )[0]
 
 
+def _check_displacement(shift: float, rotation: float, zoom: float) -> None:
+    checks.number("shift", shift)
+    checks.number("rotation", rotation)
+    checks.positive("zoom", zoom)
+
+
 # ------------------------------------------------------------------------------------------------
 # Running and scoring
 # ------------------------------------------------------------------------------------------------
@@ -241,6 +260,8 @@ def run(case: Case, method: str, *, blind: bool = False, **options: Any) -> Tens
         method, options: see `fastfusion.fuse`.
         blind: keep from the method what is known of the sensors.
     """
+    checks.of_type("case", case, Case, "a Case")
+    checks.flag("blind", blind)
     known: dict[str, Any] = {} if blind else {"srf": case.srf, "psf": case.degradation}
     return fuse(case.lr_hsi, case.hr_msi, method, **known, **options)
 
@@ -273,8 +294,9 @@ def run_across_scales(
         ValueError: the protocol is not known; the file or its bands do not fit; the sides of the
             multispectral image are no multiples of the network's scale (``"script"``).
     """
-    if protocol not in CROSS_SCALE:
-        raise ValueError(f"protocol: expected one of {', '.join(CROSS_SCALE)}, got {protocol!r}")
+    checks.of_type("case", case, Case, "a Case")
+    checks.path("weights", weights)
+    checks.choice("protocol", protocol, tuple(CROSS_SCALE))
     model = FusionModel.load(weights)
     trained = model.scale
     low, high = case.lr_hsi[None].float(), case.hr_msi[None].float()
@@ -309,7 +331,11 @@ def fourier_resized(image: Tensor, size: Sequence[int]) -> Tensor:
     >>> fourier_resized(torch.ones(2, 4, 6), (8, 3)).shape
     torch.Size([2, 8, 3])
     """
-    for dim, length in zip((-2, -1), size, strict=True):
+    checks.dense("image", image)
+    checks.of_type("size", size, Sequence, "a pair of ints")
+    if image.ndim < 2:
+        raise ValueError(f"image: expected (..., h, w), got shape {tuple(image.shape)}")
+    for dim, length in zip((-2, -1), checks.pair("size", size, low=1), strict=True):
         before = image.shape[dim]
         if length == before:
             continue
@@ -419,6 +445,12 @@ def score(case: Case, fused: Tensor, *, both: bool = False) -> dict[str, float]:
     the cube is from explaining the two images, ``rmse_lr_hsi`` and ``rmse_hr_msi``. Images smaller
     than a metric's window lack that metric.
     """
+    checks.of_type("case", case, Case, "a Case")
+    checks.flag("both", both)
+    checks.dense("fused", fused, dims=3)
+    expected = (len(case.lr_hsi), *case.hr_msi.shape[-2:])
+    checks.size("fused", fused, expected, shape="(G, H, W)")
+    checks.alike("fused", fused, "hr_msi", case.hr_msi)
     figures: dict[str, Tensor] = {}
     if case.reference is not None:
         figures = {

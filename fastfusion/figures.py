@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fastfusion._optional import need
 from fastfusion.data.atomic import atomic_path
+from fastfusion.data.cube import real_numbers
 from fastfusion.data.sensors import Degradation, apply_srf
 from fastfusion.metrics import psnr, sam
+from fastfusion.ops import checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -237,6 +239,9 @@ def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
         ValueError: matplotlib does not know the format.
         OSError: the file cannot be written.
     """
+    checks.path("path", path)
+    if not callable(getattr(figure, "savefig", None)):
+        raise TypeError(f"figure must be a matplotlib Figure, got {type(figure).__name__}")
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
@@ -273,7 +278,7 @@ class _Scene:
         if reference is not None:
             reference = reference.detach().float().cpu()
         if wavelengths is not None:
-            wavelengths = np.asarray(wavelengths, np.float64)
+            wavelengths = real_numbers("wavelengths", wavelengths)
             if wavelengths.shape != (len(fused),):
                 raise ValueError(
                     f"wavelengths: expected one a band, ({len(fused)},), got {wavelengths.shape}"
@@ -419,7 +424,8 @@ def _check(fused: Tensor, lr_hsi: Tensor, hr_msi: Tensor, reference: Tensor | No
     for name, cube in cubes.items():
         if not isinstance(cube, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(cube).__name__}")
-        if cube.ndim != 3 or cube.numel() == 0:
+        checks.dense(name, cube)
+        if cube.ndim != 3 or cube.numel() == 0 or cube.device.type == "meta":
             raise ValueError(
                 f"{name}: expected (bands, H, W), none of them 0, got {tuple(cube.shape)}"
             )

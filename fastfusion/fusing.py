@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fastfusion.data.sensors import Degradation
 from fastfusion.environment import backends
+from fastfusion.ops import checks
+from fastfusion.ops.operator import CHOICES
 from fastfusion.ops.operator import backend as backend_for_block
 
 __all__ = ["METHODS", "Unavailable", "check_pair", "fuse"]
@@ -83,6 +85,7 @@ def fuse(
     torch.Size([31, 32, 32])
     """
     run = _method(method)
+    checks.flag("progress", progress)
     scale = check_pair(lr_hsi, hr_msi)
     place = _device(device)
     low, high = (_prepared(image, place) for image in (lr_hsi, hr_msi))
@@ -227,10 +230,8 @@ def _method(name: str) -> Callable[..., Tensor]:
 def _device(device: str | torch.device | None) -> torch.device | None:
     if device is None:
         return None
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'cpu', 'cuda' or the like, got {device!r}") from error
+    checks.placed(device, None)
+    place = torch.device(device)
     try:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
@@ -242,6 +243,7 @@ def _device(device: str | torch.device | None) -> torch.device | None:
 @contextlib.contextmanager
 def _backend(name: str) -> Iterator[None]:
     """Use a backend that is asked for by name, or raise; "auto" leaves an outer choice alone."""
+    checks.choice("backend", name, CHOICES)
     if name == "auto":
         yield
         return
@@ -313,6 +315,10 @@ def _check_image(name: str, image: object) -> None:
         floating = image.dtype.kind == "f" and image.dtype.itemsize <= 8
     if not floating:
         raise ValueError(f"{name}: expected floating point in [0, 1], got {image.dtype}")
+    if isinstance(image, Tensor):
+        checks.dense(name, image)
+        if image.device.type == "meta":
+            raise ValueError(f"{name}: expected a tensor that holds values, got one on meta")
 
 
 def _check_values(name: str, image: _Array) -> None:
@@ -333,14 +339,13 @@ def _place(image: _Array) -> torch.device:
 def _checked_srf(srf: _Matrix | None, msi_bands: int, low: Tensor) -> Tensor | None:
     if srf is None:
         return None
-    matrix = _checked_matrix("srf", srf, low)
     expected = (msi_bands, low.shape[1])
-    if matrix.shape != expected:
-        hint = "; transpose it" if matrix.shape == expected[::-1] else ""
+    if isinstance(srf, (Tensor, np.ndarray)) and tuple(srf.shape) != expected:
+        hint = "; transpose it" if tuple(srf.shape) == expected[::-1] else ""
         raise ValueError(
-            f"srf: expected (msi bands, hsi bands) {expected}, got {tuple(matrix.shape)}{hint}"
+            f"srf: expected (msi bands, hsi bands) {expected}, got {tuple(srf.shape)}{hint}"
         )
-    return matrix
+    return _checked_matrix("srf", srf, low)
 
 
 def _checked_psf(
@@ -362,10 +367,15 @@ def _checked_psf(
 def _checked_matrix(name: str, value: object, low: Tensor) -> Tensor:
     if not isinstance(value, (Tensor, np.ndarray)):
         raise TypeError(f"{name}: expected a tensor or a NumPy array, got {type(value).__name__}")
-    matrix = _tensor(value)
-    if matrix.ndim != 2 or matrix.numel() == 0:
-        raise ValueError(f"{name}: expected a matrix, got shape {tuple(matrix.shape)}")
-    matrix = matrix.to(low)
+    if value.ndim != 2 or 0 in value.shape:
+        raise ValueError(f"{name}: expected a matrix, got shape {tuple(value.shape)}")
+    if isinstance(value, Tensor):
+        real = value.layout == torch.strided and not value.is_complex() and not value.is_meta
+    else:
+        real = value.dtype.kind in "uif"
+    if not real:
+        raise ValueError(f"{name}: expected a dense matrix of real numbers, got {value.dtype}")
+    matrix = _tensor(value).to(low)
     if not matrix.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got NaN or infinite ones")
     return matrix

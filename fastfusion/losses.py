@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastfusion.metrics import ssim
+from fastfusion.ops import checks
 
 __all__ = ["CoFusionLoss", "FSRVLLoss", "RelativeLoss"]
 
@@ -34,9 +35,7 @@ class CoFusionLoss(nn.Module):
 
     def __init__(self, weight: float = 0.1) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise ValueError(f"weight: expected a number from 0 up, got {weight}")
-        self.weight = weight
+        self.weight = checks.at_least("weight", weight, 0)
 
     def forward(self, fused: Tensor, reference: Tensor) -> Tensor:
         similarity = ssim(fused, reference)  # checks the cubes
@@ -71,10 +70,7 @@ class FSRVLLoss(nn.Module):
 
     def __init__(self, alpha: float = 100.0, beta: float = 10.0) -> None:
         super().__init__()
-        for name, weight in (("alpha", alpha), ("beta", beta)):
-            if not weight >= 0:
-                raise ValueError(f"{name}: expected a number from 0 up, got {weight}")
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta = checks.at_least("alpha", alpha, 0), checks.at_least("beta", beta, 0)
 
     def forward(
         self,
@@ -85,17 +81,22 @@ class FSRVLLoss(nn.Module):
         hr_reconstructed: Tensor,
         hr_degraded: Tensor,
     ) -> Tensor:
+        checks.dense("lr_hsi", lr_hsi, dims=4)
+        checks.dense("hr_msi", hr_msi, dims=4)
+        checks.alike("hr_msi", hr_msi, "lr_hsi", lr_hsi)
         for name, image, like_name, like in (
             ("lr_reconstructed", lr_reconstructed, "lr_hsi", lr_hsi),
             ("lr_degraded", lr_degraded, "lr_hsi", lr_hsi),
             ("hr_reconstructed", hr_reconstructed, "hr_msi", hr_msi),
             ("hr_degraded", hr_degraded, "hr_msi", hr_msi),
         ):
+            checks.dense(name, image)
             if image.shape != like.shape:
                 raise ValueError(
                     f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, "
                     f"got {tuple(image.shape)}"
                 )
+            checks.alike(name, image, like_name, like)
         reconstruction = _mean_error(lr_hsi, lr_reconstructed) + _mean_error(
             hr_msi, hr_reconstructed
         )
@@ -126,15 +127,18 @@ class RelativeLoss(nn.Module):
     """
 
     def forward(self, fused: Tensor, reference: Tensor, error: Tensor) -> Tensor:
+        checks.dense("reference", reference, dims=4)
         for name, cube, shape in (
             ("fused", fused, reference.shape),
             ("error", error, (*reference.shape[:2], 1, 1)),
         ):
+            checks.dense(name, cube)
             if cube.shape != shape:
                 raise ValueError(
                     f"{name}: expected shape {tuple(shape)} for a reference "
                     f"{tuple(reference.shape)}, got {tuple(cube.shape)}"
                 )
+            checks.alike(name, cube, "reference", reference)
         return ((fused - reference) / error).square().mean()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastfusion._optional import need
 from fastfusion.data.sensors import apply_srf
+from fastfusion.ops import checks
 
 __all__ = ["CONVENTIONS", "d_lambda", "d_s", "ergas", "mrae", "psnr", "qnr", "sam", "ssim"]
 
@@ -62,8 +63,8 @@ def psnr(fused: Tensor, reference: Tensor, *, peak: float = 1.0, per_band: bool 
     20.0
     """
     fused, reference = _alike(fused, reference)
-    if not peak > 0:
-        raise ValueError(f"peak: expected a positive number, got {peak}")
+    checks.positive("peak", peak)
+    checks.flag("per_band", per_band)
     error = (fused - reference).square().mean(dim=(-2, -1))
     bands = 20 * math.log10(peak) - 10 * error.log10()
     return bands if per_band else bands.mean()
@@ -89,6 +90,7 @@ def sam(fused: Tensor, reference: Tensor, *, per_pixel: bool = False) -> Tensor:
     45.0
     """
     fused, reference = _alike(fused, reference)
+    checks.flag("per_pixel", per_pixel)
     images = [_angles(*pair) for pair in zip(_batched(fused), _batched(reference), strict=True)]
     if not per_pixel:
         return torch.stack([angles.mean() for angles, _ in images]).mean()
@@ -125,8 +127,7 @@ def ergas(fused: Tensor, reference: Tensor, *, ratio: float) -> Tensor:
     12.5
     """
     fused, reference = map(_batched, _alike(fused, reference))
-    if not ratio > 0:
-        raise ValueError(f"ratio: expected a positive number, got {ratio}")
+    checks.positive("ratio", ratio)
     library = need("torchmetrics.functional.image", extra="io", purpose="the metric ERGAS")
     images = []
     for image, truth in zip(fused, reference, strict=True):
@@ -406,11 +407,7 @@ def _check_msi(
             f"hr_msi: expected the sides (and the batch) of fused {tuple(fused.shape)}, "
             f"got {tuple(hr_msi.shape)}"
         )
-    if not isinstance(srf, Tensor):
-        raise TypeError(f"srf: expected a tensor, got {type(srf).__name__}")
-    shape = (hr_msi.shape[-3], fused.shape[-3])
-    if srf.shape != shape:
-        raise ValueError(f"srf: expected (msi bands, hsi bands) {shape}, got {tuple(srf.shape)}")
+    checks.response("srf", srf, (hr_msi.shape[-3], fused.shape[-3]))
     height, width = lr_hsi.shape[-2:]
     if lr_msi is None:
         if hr_msi.shape[-2] % height or hr_msi.shape[-1] % width:
@@ -437,6 +434,7 @@ def _check_cube(name: str, cube: Tensor) -> None:
         )
     if not cube.is_floating_point():
         raise ValueError(f"{name}: expected floating point in [0, 1], got {cube.dtype}")
+    checks.dense(name, cube)
 
 
 def _check_kin(name: str, cube: Tensor, fused: Tensor) -> None:
@@ -456,8 +454,7 @@ def _check_sides(name: str, cube: Tensor, least: int) -> None:
 
 
 def _check_exponent(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name}: expected a number from {least} up, got {value}")
+    checks.at_least(name, value, least)
 
 
 def _batched(cube: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ from fastfusion.models.cofusion import CoFusion
 from fastfusion.models.lso import LSO
 from fastfusion.models.regression import RegressionModel
 from fastfusion.nn.cofusion import SceneMaxima, SpeCAM
-from fastfusion.ops import haar_split2d
+from fastfusion.ops import checks, haar_split2d
+from fastfusion.ops.operator import CHOICES
 from fastfusion.ops.operator import backend as backend_for_block
 from fastfusion.scheduling import Runner, executor
 
@@ -60,7 +61,12 @@ BASE_MEMORY = 600 * 2**20
 LEAST, MOST = -0.05, 1.05
 
 _METHODS = ("regression", "bicubic", "lso", "cofusion")
-_REGRESSION_OPTIONS = {"local", "ridge", "iterations", "window_sigma"}
+_REGRESSION_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "local": checks.flag,
+    "ridge": checks.positive,
+    "iterations": functools.partial(checks.integer, low=0),
+    "window_sigma": lambda name, value: value is None or checks.positive(name, value),
+}
 
 
 class Unfinished(RuntimeError):
@@ -143,7 +149,14 @@ def fuse_files(
         Unfinished: it stopped on the way (full disk, dead workers, Ctrl-C).
         ImportError: a library of the extra ``large`` is missing.
     """
+    for name, value in (("hsi", hsi), ("msi", msi), ("out", out)):
+        checks.path(name, value)
     _check_arguments(method, options, weights, tile, margin, workers, memory)
+    if scheduler is not None:
+        checks.of_type("scheduler", scheduler, str, "a scheduler's address or None")
+    checks.choice("backend", backend, CHOICES)
+    checks.placed(device, None)
+    checks.flag("progress", progress)
     out = Path(out)
     if out.suffix.lower() not in (".zarr", ".tif", ".tiff"):
         raise ValueError(f"{out}: tiles go to .zarr or .tif")
@@ -208,6 +221,7 @@ def _check_arguments(
     workers: int | None,
     memory: float,
 ) -> None:
+    checks.of_type("method", method, str, "a method's name")
     if method == "fsrvl":
         raise Unavailable(
             "fsrvl does not go in tiles: its filters act on the spectrum of the whole image; take "
@@ -222,7 +236,7 @@ def _check_arguments(
         )
     if method in ("regression", "bicubic") and weights is not None:
         raise ValueError(f"weights: {method} has none")
-    unknown = options.keys() - (_REGRESSION_OPTIONS if method == "regression" else set())
+    unknown = options.keys() - (_REGRESSION_CHECKS.keys() if method == "regression" else set())
     if unknown:
         raise TypeError(f"{method} in tiles has no option {', '.join(sorted(unknown))}")
     for name, value, least in (("tile", tile, 1), ("margin", margin, 0), ("workers", workers, 1)):
@@ -230,8 +244,12 @@ def _check_arguments(
             raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
         if value is not None and value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if not memory > 0:
-        raise ValueError(f"memory: expected a positive number of GiB, got {memory}")
+    checks.positive("memory", memory)
+    if weights is not None:
+        checks.path("weights", weights)
+    for name, check in _REGRESSION_CHECKS.items():
+        if name in options:
+            check(name, options[name])
     if margin is not None and method in ("regression", "bicubic"):
         raise ValueError(f"margin: is for networks; that of {method} is what its pixels depend on")
 
@@ -251,15 +269,14 @@ def _plan(
 ) -> dict[str, Any]:
     low, high = source_of(hsi), source_of(msi)
     scale = scale_of(low.shape, high.shape)
-    if srf is not None and tuple(srf.shape) != (high.shape[0], low.shape[0]):
-        raise ValueError(
-            f"srf: expected (msi bands, hsi bands) {(high.shape[0], low.shape[0])}, "
-            f"got {tuple(srf.shape)}"
-        )
+    if srf is not None:
+        checks.response("srf", srf, (high.shape[0], low.shape[0]))
+    if psf is not None:
+        checks.of_type("psf", psf, Degradation, "a Degradation or None")
     if psf is not None and psf.scale != scale:
         raise ValueError(f"psf: expected a degradation by {scale}, got one by {psf.scale}")
-    if peak is not None and not (math.isfinite(peak) and peak > 0):
-        raise ValueError(f"peak: expected a positive number, got {peak}")
+    if peak is not None:
+        checks.positive("peak", peak)
     network = None if weights is None else _network(method, weights, low, high, scale)
     reach, unit = support(network)
     unit = math.lcm(unit, scale)

@@ -41,7 +41,7 @@ from fastfusion.data.sensors import Degradation, apply_srf, read_srf, wald
 from fastfusion.evaluation import Case, case_of, csv_table
 from fastfusion.losses import CoFusionLoss, RelativeLoss
 from fastfusion.models.base import ResidualModel, check_weights, read_checkpoint, write_checkpoint
-from fastfusion.models.regression import RegressionModel, regression
+from fastfusion.models.regression import RegressionModel, check_pair, regression
 from fastfusion.ops import checks
 
 __all__ = [
@@ -134,8 +134,11 @@ class Recipe:
         checks.choice("loss", self.loss, tuple(LOSSES))
         checks.choice("schedule", self.schedule, SCHEDULES)
         for name in ("scenes", "validation"):
-            if isinstance(getattr(self, name), str):
+            names = getattr(self, name)
+            if isinstance(names, str):
                 raise TypeError(f"{name}: expected a list of names, got one text")
+            if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+                raise TypeError(f"{name}: expected a list of names, got {names!r}")
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options: expected names and values, got {self.options!r}")
         at_least_1 = ("scale", "epochs", "patch", "batch", "accumulate", "decay_every")
@@ -156,6 +159,9 @@ class Recipe:
             )
         if self.loss == "relative" and self.options.get("prior") != "regression":
             raise ValueError("loss: 'relative' is for options with prior 'regression'")
+        if self.srf is not None:
+            checks.path("srf", self.srf)
+        checks.of_type("psf", self.psf, str, "the name of a blur")
         degradation_named(self.psf, self.scale)
 
 
@@ -236,8 +242,9 @@ def read_recipe(name: str | os.PathLike[str], **changes: Any) -> Recipe:
     >>> read_recipe("lso-cave", batch=4).batch
     4
     """
-    if os.fspath(name) in RECIPES:
-        fields = _fields(RECIPES[os.fspath(name)])
+    name = str(checks.path("name", name))
+    if name in RECIPES:
+        fields = _fields(RECIPES[name])
     elif not Path(name).suffix:
         raise ValueError(
             f"config: expected a .json file or one of {', '.join(RECIPES)}, got {name}"
@@ -245,11 +252,27 @@ def read_recipe(name: str | os.PathLike[str], **changes: Any) -> Recipe:
     else:
         try:
             fields = json.loads(Path(name).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} is no JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{name}: expected an object with a recipe's fields")
-    fields |= changes
+    if name not in RECIPES:
+        with _told_of(name):
+            return _recipe(fields, changes)
+    return _recipe(fields, changes)
+
+
+@contextlib.contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """Errors in the fields name the file."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _recipe(fields: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
+    fields = {**fields, **changes}
     known = [known.name for known in dataclasses.fields(Recipe)]
     for unknown in fields.keys() - set(known):
         raise ValueError(f"a recipe has no {unknown!r}; it has {', '.join(known)}")
@@ -453,13 +476,17 @@ def train(
         OSError: a file cannot be read or written.
         ImportError: safetensors, tqdm, torchmetrics or tensorboard is not installed.
     """
+    checks.of_type("recipe", recipe, Recipe, "a Recipe")
     if not recipe.scenes:
         raise ValueError("scenes: expected names of scenes to train on, got none")
-    if minutes is not None and not checks.number("minutes", minutes) > 0:
-        raise ValueError(f"minutes must be above 0, got {minutes}")
+    if minutes is not None:
+        checks.positive("minutes", minutes)
+    for flag, value in (("resume", resume), ("tensorboard", tensorboard), ("progress", progress)):
+        checks.flag(flag, value)
+    checks.placed(device, None)
+    folder = checks.path("folder", folder)
     need("safetensors", extra="train", purpose="training")
     need("torchmetrics", extra="train", purpose="training")
-    folder = Path(folder)
     with _processes(device) as (rank, count, place):
         folder.mkdir(parents=True, exist_ok=True)
         last = folder / "last.safetensors"
@@ -909,8 +936,15 @@ def train_on_pair(
         TypeError, ValueError: an argument is not as above.
         RuntimeError: the loss is not finite any more.
     """
-    if not checks.number("minutes", minutes) > 0:
-        raise ValueError(f"minutes must be above 0, got {minutes}")
+    checks.choice("kind", kind, tuple(SMALL))
+    checks.positive("minutes", minutes)
+    checks.integer("seed", seed, low=0)
+    checks.flag("progress", progress)
+    for name, image in (("lr_hsi", lr_hsi), ("hr_msi", hr_msi)):
+        checks.dense(name, image, dims=4)
+        if image.shape[0] != 1:
+            raise ValueError(f"{name}: expected a batch of one image, got {tuple(image.shape)}")
+    check_pair(lr_hsi, hr_msi)
     scale = hr_msi.shape[-1] // lr_hsi.shape[-1]
     options = {**SMALL[kind], **options}
     with torch.device("meta"):  # wrong options cost no time

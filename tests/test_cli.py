@@ -249,7 +249,7 @@ def test_one_of_several_arrays(files, capsys):
             "minutes must be above 0",
         ),
         ([*PAIR, "--out", "x.npy", "--backend", "warp"], "invalid choice: 'warp'"),
-        ([*PAIR, "--out", "x.npy", "--device", "toaster"], "device: expected"),
+        ([*PAIR, "--out", "x.npy", "--device", "toaster"], "device must be"),
         ([*PAIR, "--out", "x.npy", "--option", "local"], "expected NAME=VALUE"),
         ([*PAIR, "--out", "x.npy", "--option", "colour=red"], "colour"),
         ([*PAIR, "--out", "x.npy", "--peak", "0"], "--peak: expected a positive number"),

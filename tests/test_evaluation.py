@@ -269,7 +269,7 @@ def test_both_protocols_across_scales(scene, network):
     model.scale = 4
     low = fourier_resized(case.lr_hsi, (7, 7))
     torch.testing.assert_close(fused, model(low[None], case.hr_msi[None])[0].clamp(0, 1))
-    with pytest.raises(ValueError, match="protocol: expected one of page, script, got 'both'"):
+    with pytest.raises(ValueError, match="protocol must be one of 'page', 'script', got 'both'"):
         run_across_scales(case, path, "both")
 
 

@@ -182,7 +182,7 @@ def test_backends_and_devices_asked_for_by_name(pair, monkeypatch):
     torch.testing.assert_close(fuse(*pair[:2], device="cpu", **sensors), expected)
     with pytest.raises(ValueError, match="warp"):
         fuse(*pair[:2], backend="warp")
-    with pytest.raises(ValueError, match=r"device: expected .* got 'toaster'"):
+    with pytest.raises(ValueError, match=r"device must be .* got 'toaster'"):
         fuse(*pair[:2], device="toaster")
     monkeypatch.setattr(fusing, "backends", lambda: {"cuda": "no GPU"})
     with pytest.raises(Unavailable, match="backend 'cuda' is not available: no GPU"):

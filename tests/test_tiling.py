@@ -383,7 +383,7 @@ def test_arguments_that_do_not_go_with_tiles(files, capsys):
         ("--method", "lso"): "needs trained weights",
         ("--tile", "0"): "tile: expected at least 1, got 0",
         ("--workers", "0"): "workers: expected at least 1",
-        ("--memory", "0"): "memory: expected a positive number of GiB",
+        ("--memory", "0"): "memory must be above 0",
         ("--margin", "8"): "margin: is for networks",
         ("--scale", "3"): "the MSI is 4 times finer",
         ("--reference", "msi.zarr"): "--tile does not go with --reference",
@@ -392,9 +392,9 @@ def test_arguments_that_do_not_go_with_tiles(files, capsys):
         ("--hsi", "none.zarr"): "none.zarr does not exist",
         ("--hsi", "msi.zarr", "--msi", "hsi.zarr"): "are they swapped?",
         ("--option", "steps=3"): "regression in tiles has no option steps",
-        ("--option", "ridge=-1"): "ridge: expected a positive number",
+        ("--option", "ridge=-1"): "ridge must be above 0",
         ("--peak", "0.1"): "expected values in [0, 1] after division by the peak 0.1",
-        ("--peak", "-1"): "peak: expected a positive number",
+        ("--peak", "-1"): "peak must be above 0",
     }
     for arguments, says in said.items():
         assert says in refused(files, capsys, *arguments), arguments

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fastfusion.ops import checks
+
 
 @dataclass(eq=False)
 class Cube:
@@ -34,11 +36,11 @@ class Cube:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (hasattr(self.data, "shape") and hasattr(self.data, "dtype")):
+        if not isinstance(getattr(self.data, "dtype", None), np.dtype):
             raise TypeError(f"data must be a NumPy array, got {type(self.data).__name__}")
         check_cube_array(self.data.shape, self.data.dtype, "data")
         if self.wavelengths is not None:
-            self.wavelengths = np.asarray(self.wavelengths, np.float64)
+            self.wavelengths = real_numbers("wavelengths", self.wavelengths)
             if self.wavelengths.shape != (self.bands,):
                 raise ValueError(
                     f"wavelengths must have one value for each of the {self.bands} bands, "
@@ -46,6 +48,8 @@ class Cube:
                 )
             if not (np.isfinite(self.wavelengths).all() and (self.wavelengths > 0).all()):
                 raise ValueError("wavelengths must be positive and finite, in nanometres")
+        if not isinstance(self.metadata, dict):
+            raise TypeError(f"metadata must be a dictionary, got {type(self.metadata).__name__}")
 
     @property
     def bands(self) -> int:
@@ -86,6 +90,8 @@ class Cube:
         """
         if peak is None:
             peak = max(_largest_finite(self.data[band]) for band in range(self.bands))
+        else:
+            checks.number("peak", peak)
         if not (np.isfinite(peak) and peak > 0):
             raise ValueError(f"peak must be positive and finite, got {peak}")
         data = np.asarray(self.data).astype(np.float32) / np.float32(peak)
@@ -99,6 +105,17 @@ class Cube:
         if peak is None:
             return self
         return replace(self, data=self.data * np.float32(peak), metadata=metadata)
+
+
+def real_numbers(name: str, values: Any) -> np.ndarray:
+    """A list of real numbers as float64."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind not in "uif":
+            raise TypeError(f"{array.dtype} was given")
+        return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be real numbers: {error}") from error
 
 
 def check_cube_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastfusion.data.sensors import BOUNDARIES, Degradation
+from fastfusion.ops import checks
 
 __all__ = ["estimate_sensors"]
 
@@ -52,6 +53,7 @@ def estimate_sensors(
     >>> srf.shape
     torch.Size([2, 6])
     """
+    _check(lr_hsi, hr_msi, scale, degradation, srf)
     hsi, msi = lr_hsi.detach().double(), hr_msi.detach().double()
     if degradation is None:
         rows, columns = middle(*hsi.shape[-2:])
@@ -69,6 +71,30 @@ def estimate_sensors(
     if srf is None:
         srf = srf_from_moments(pair_moments(hsi, degradation(msi)), len(msi))
     return degradation, srf
+
+
+def _check(
+    lr_hsi: Tensor, hr_msi: Tensor, scale: int, degradation: Degradation | None, srf: Tensor | None
+) -> None:
+    for name, image in (("lr_hsi", lr_hsi), ("hr_msi", hr_msi)):
+        checks.dense(name, image, dims=3)
+        if not image.numel():
+            raise ValueError(f"{name}: expected at least one pixel, got {tuple(image.shape)}")
+    checks.alike("hr_msi", hr_msi, "lr_hsi", lr_hsi)
+    checks.integer("scale", scale, low=1)
+    size = tuple(scale * side for side in lr_hsi.shape[-2:])
+    if tuple(hr_msi.shape[-2:]) != size:
+        raise ValueError(
+            f"hr_msi: expected {scale} times the rows and columns of lr_hsi, {size}, "
+            f"got {tuple(hr_msi.shape)}"
+        )
+    for name, image in (("lr_hsi", lr_hsi), ("hr_msi", hr_msi)):
+        if image.device.type == "meta" or not image.isfinite().all():
+            raise ValueError(f"{name}: expected finite values, got NaN, infinite ones or none")
+    if degradation is not None:
+        checks.of_type("degradation", degradation, Degradation, "a Degradation or None")
+    if srf is not None:
+        checks.response("srf", srf, (len(hr_msi), len(lr_hsi)))
 
 
 # ------------------------------------------------------------------------------------------------

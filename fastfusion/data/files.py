@@ -28,7 +28,8 @@ from fastfusion._optional import need
 from fastfusion.data.atomic import atomic_path, check_place
 from fastfusion.data.cube import Cube, check_cube_array
 from fastfusion.data.formats import envi, geotiff, matlab, numpy_files, png_bands, zarr_store
-from fastfusion.data.formats.stored import Stored
+from fastfusion.data.formats.stored import Stored, check_bytes
+from fastfusion.ops import checks
 
 _Result = TypeVar("_Result")
 
@@ -123,13 +124,17 @@ def read_cube(
         ((4, 8, 9), 0)
     """
     if dtype is not None:
-        dtype = np.dtype(dtype)
+        try:
+            dtype = np.dtype(dtype)
+        except TypeError as error:
+            raise TypeError(f"dtype must be a floating type or None, got {dtype!r}") from error
         if dtype.kind != "f":
             raise ValueError(f"dtype must be a floating type or None, got {dtype}")
     _check_scale(scale)
     if dtype is None and scale not in ("auto", None):
         raise ValueError("scale= needs a floating dtype=; dtype=None keeps values as stored")
-    path = Path(path)
+    _check_selection(variable, bands_axis)
+    path = checks.path("path", path)
     return reading(path, lambda: _in_memory(path, variable, bands_axis, dtype, scale))
 
 
@@ -146,7 +151,8 @@ def open_cube(
         FileNotFoundError, ValueError, OSError, ImportError: as `read_cube`; ValueError also for a
             format that has to be read as a whole.
     """
-    path = Path(path)
+    _check_selection(variable, bands_axis)
+    path = checks.path("path", path)
     return reading(path, lambda: _on_disk(path, variable, bands_axis))
 
 
@@ -170,7 +176,7 @@ def write_cube(path: str | os.PathLike[str], cube: Cube) -> None:
     """
     if not isinstance(cube, Cube):
         raise TypeError(f"cube must be a fastfusion.data.Cube, got {type(cube).__name__}")
-    path = Path(path)
+    path = checks.path("path", path)
     file_format = _format_to_write(path)
     if file_format.check:
         file_format.check(cube)
@@ -195,7 +201,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
         ValueError, FileNotFoundError, FileExistsError, PermissionError, ImportError: as
             `write_cube`.
     """
-    path = Path(path)
+    path = checks.path("path", path)
     file_format = _format_to_write(path)
     check_place(path, **file_format.place)
     if file_format.library:
@@ -251,12 +257,19 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_scale(scale: float | Literal["auto"] | None) -> None:
-    if scale is None or scale == "auto":
+    if scale is None or (isinstance(scale, str) and scale == "auto"):
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, 'auto' or None, got {scale!r}")
     if not (np.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be positive and finite, got {scale}")
+
+
+def _check_selection(variable: str | None, bands_axis: int | None) -> None:
+    if variable is not None and not isinstance(variable, str):
+        raise TypeError(f"variable must be a name or None, got {type(variable).__name__}")
+    if bands_axis is not None:
+        checks.integer("bands_axis", bands_axis, low=-3, high=2)
 
 
 def open_stored(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
@@ -291,6 +304,7 @@ def _in_memory(
     """The cube in memory, with values of the type and scale that are asked for."""
     stored = _format_of_existing(path).load(path, variable, bands_axis)
     check_cube_array(stored.data.shape, stored.data.dtype, "the image")
+    check_bytes(stored.data.shape, stored.data.dtype, stored.room, "the image")
     metadata = _metadata(path, stored)
     raw = np.moveaxis(np.asarray(stored.data), stored.bands_axis, 0)
     if dtype is None:

@@ -17,6 +17,7 @@ from fastfusion.data.cube import Cube
 from fastfusion.data.demo import demo_scene
 from fastfusion.data.files import read_cube, reading
 from fastfusion.data.formats.matlab import load_arrays
+from fastfusion.ops import checks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -74,7 +75,7 @@ def load_scene(name: str | os.PathLike[str]) -> Scene:
         >>> load_scene("demo").reference.shape
         (31, 256, 256)
     """
-    name = os.fspath(name)
+    name = str(checks.path("name", name))
     if name.startswith("cave:"):
         return _cave(name)
     if name in _LOADERS:

@@ -19,6 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfusion.data.cube import real_numbers
+from fastfusion.data.files import reading
+from fastfusion.data.formats.matlab import load_first
+from fastfusion.data.formats.numpy_files import load_array
+from fastfusion.ops import checks
+
 __all__ = [
     "BOUNDARIES",
     "Degradation",
@@ -53,10 +59,9 @@ def gaussian_psf(size: int, sigma: float, dtype: torch.dtype = torch.float64) ->
     >>> gaussian_psf(5, 1.0).shape
     torch.Size([5, 5])
     """
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
-    if not sigma > 0:
-        raise ValueError(f"sigma: expected a positive number of pixels, got {sigma}")
+    checks.integer("size", size, low=1)
+    checks.positive("sigma", sigma)
+    checks.placed(None, dtype)
     position = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     line = torch.exp(-(position**2) / (2 * sigma**2))
     line = line / line.sum()
@@ -96,16 +101,12 @@ class Degradation:
                 f"psf: expected a 2-D floating-point tensor, "
                 f"got {self.psf.dtype} of shape {tuple(self.psf.shape)}"
             )
-        if not isinstance(self.scale, int):
-            raise TypeError(f"scale: expected an int, got {type(self.scale).__name__}")
-        if self.scale < 1:
-            raise ValueError(f"scale: expected at least 1, got {self.scale}")
-        if not 0 <= self.offset < self.scale:
-            raise ValueError(f"offset: expected 0 to scale-1 = {self.scale - 1}, got {self.offset}")
-        if self.boundary not in BOUNDARIES:
-            raise ValueError(
-                f"boundary: expected one of {', '.join(BOUNDARIES)}, got {self.boundary!r}"
-            )
+        checks.dense("psf", self.psf)
+        if self.psf.device.type != "meta" and not self.psf.detach().isfinite().all():
+            raise ValueError("psf: expected finite weights, got NaN or infinite ones")
+        checks.integer("scale", self.scale, low=1)
+        checks.integer("offset", self.offset, low=0, high=self.scale - 1)
+        checks.choice("boundary", self.boundary, tuple(BOUNDARIES))
 
     @classmethod
     def gaussian(
@@ -118,7 +119,8 @@ class Degradation:
     ) -> Degradation:
         """A Gaussian; by default that of LSO's authors: sigma ``scale/2``, size
         ``2*ceil(3*sigma) + 1``, circular, sampled from offset 0."""
-        sigma = 0.5 * scale if sigma is None else sigma
+        checks.integer("scale", scale, low=1)
+        sigma = checks.positive("sigma", 0.5 * scale if sigma is None else sigma)
         size = 2 * math.ceil(3 * sigma) + 1 if size is None else size
         return cls(gaussian_psf(size, sigma), scale, offset, boundary)
 
@@ -128,6 +130,9 @@ class Degradation:
 
         ``psf (scale, scale)`` holds the weights, by default all equal.  No boundary is reached.
         """
+        checks.integer("scale", scale, low=1)
+        if psf is not None:
+            checks.dense("psf", psf)
         if psf is None:
             psf = torch.full((scale, scale), 1 / scale**2, dtype=torch.float64)
         elif tuple(psf.shape) != (scale, scale):
@@ -168,6 +173,7 @@ class Degradation:
         Raises:
             ValueError: where the sides are no multiples of ``scale``.
         """
+        checks.dense("cube", cube)
         if cube.ndim < 2:
             raise ValueError(f"cube: expected (..., H, W), got shape {tuple(cube.shape)}")
         height, width = cube.shape[-2:]
@@ -248,6 +254,8 @@ def apply_srf(cube: Tensor, srf: Tensor) -> Tensor:
     >>> apply_srf(torch.ones(2, 31, 8, 8), torch.full((3, 31), 1 / 31)).shape
     torch.Size([2, 3, 8, 8])
     """
+    checks.dense("cube", cube)
+    checks.dense("srf", srf)
     if srf.ndim != 2 or cube.ndim < 3 or srf.shape[1] != cube.shape[-3]:
         raise ValueError(
             f"srf: expected (msi bands, hsi bands) for a cube (..., hsi bands, H, W), "
@@ -258,6 +266,11 @@ def apply_srf(cube: Tensor, srf: Tensor) -> Tensor:
 
 def read_response(path: str | Path) -> SpectralResponse:
     """Read a CSV whose first column is ``wavelength_nm`` and whose others are bands."""
+    path = checks.path("path", path)
+    return reading(path, lambda: _read_response(path))
+
+
+def _read_response(path: Path) -> SpectralResponse:
     with open(path, newline="") as file:
         header, *rows = [row for row in csv.reader(file) if row] or [[""]]
     if header[0].strip().lower() != "wavelength_nm":
@@ -270,6 +283,8 @@ def read_response(path: str | Path) -> SpectralResponse:
         raise ValueError(f"{path}: expected a table of numbers: {error}") from error
     if table.ndim != 2 or table.shape[1] < 2 or not np.isfinite(table).all():
         raise ValueError(f"{path}: expected at least one band of finite responses")
+    if len(header) != table.shape[1]:
+        raise ValueError(f"{path}: expected a name for each of its {table.shape[1]} columns")
     table = table[np.argsort(table[:, 0], kind="stable")]
     return SpectralResponse(table[:, 0], table[:, 1:].T.copy(), [n.strip() for n in header[1:]])
 
@@ -285,29 +300,26 @@ def read_srf(
     are taken to be the HSI's bands.  A ``.npy`` or ``.mat`` file (its variable ``P``, ``R``,
     ``srf`` or ``srf_gt``) holds the matrix itself, either way round.
     """
-    path = Path(path)
+    path = checks.path("path", path)
+    return reading(path, lambda: _read_srf(path, hsi_wavelengths, hsi_widths))
+
+
+def _read_srf(
+    path: Path, hsi_wavelengths: np.ndarray | None, hsi_widths: np.ndarray | None
+) -> Tensor:
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        response = read_response(path)
+        response = _read_response(path)
         if hsi_wavelengths is not None:
             return srf_from_response(response, hsi_wavelengths, hsi_widths)
         matrix = response.responses
     elif suffix == ".npy":
-        matrix = np.load(path, allow_pickle=False)
+        matrix = load_array(path)
     elif suffix == ".mat":
-        from scipy.io import loadmat
-
-        content = loadmat(path)
-        found = [name for name in ("P", "R", "srf", "SRF", "srf_gt") if name in content]
-        if not found:
-            raise ValueError(
-                f"{path}: expected a variable P, R, srf or srf_gt, "
-                f"got {', '.join(n for n in content if not n.startswith('__'))}"
-            )
-        matrix = content[found[0]]
+        matrix = load_first(path, ("P", "R", "srf", "SRF", "srf_gt"))
     else:
         raise ValueError(f"{path}: expected an SRF as .csv, .mat or .npy")
-    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.number):
+    if matrix.ndim != 2 or matrix.dtype.kind not in "uif":
         raise ValueError(f"{path}: expected a matrix, got {matrix.dtype} of shape {matrix.shape}")
     if matrix.shape[0] > matrix.shape[1]:  # a multispectral sensor has the fewer bands
         matrix = matrix.T
@@ -340,13 +352,15 @@ def srf_from_response(
     Raises:
         ValueError: where more than ``tolerance`` of an MSI band lies outside the HSI's bands.
     """
-    centres = np.asarray(hsi_wavelengths, dtype=np.float64)
+    checks.of_type("response", response, SpectralResponse, "a SpectralResponse")
+    checks.at_least("tolerance", tolerance, 0)
+    centres = real_numbers("hsi_wavelengths", hsi_wavelengths)
     if centres.ndim != 1 or len(centres) < 2 or not (np.diff(centres) > 0).all():
         raise ValueError("hsi_wavelengths: expected at least 2 band centres in rising order")
     spacing = np.diff(centres)
     nearest = np.minimum(np.r_[np.inf, spacing], np.r_[spacing, np.inf])
-    widths = nearest if hsi_widths is None else np.asarray(hsi_widths, dtype=np.float64)
-    if widths.shape != centres.shape or not (widths > 0).all():
+    widths = nearest if hsi_widths is None else real_numbers("hsi_widths", hsi_widths)
+    if widths.shape != centres.shape or not ((widths > 0) & (widths < np.inf)).all():
         raise ValueError(f"hsi_widths: expected {len(centres)} positive widths in nm")
 
     grid = np.union1d(response.wavelengths, centres)
@@ -399,9 +413,12 @@ def srf_from_bands(
     >>> srf.shape, srf.argmax(1).tolist()
     (torch.Size([3, 31]), [6, 15, 24])
     """
-    centres, widths = np.asarray(centres, np.float64), np.asarray(widths, np.float64)
+    centres, widths = real_numbers("centres", centres), real_numbers("widths", widths)
     if centres.ndim != 1 or centres.shape != widths.shape or not (widths > 0).all():
         raise ValueError("centres, widths: expected as many positive widths as centres, in nm")
+    # The grid below is as long as the band of the largest width has steps of the smallest.
+    if not len(centres) or not (np.abs([*centres, *widths]) < 1e6).all():
+        raise ValueError("centres, widths: expected at least one band, of less than 1e6 nm")
     sigma = widths / math.sqrt(8 * math.log(2))
     grid = np.arange(
         (centres - 4 * sigma).min(), (centres + 4 * sigma).max(), max(widths.min() / 64, 1e-3)
@@ -438,4 +455,12 @@ def wald(reference: Tensor, degradation: Degradation, srf: Tensor) -> tuple[Tens
     >>> lr_hsi.shape, hr_msi.shape
     (torch.Size([31, 8, 8]), torch.Size([3, 32, 32]))
     """
+    checks.dense("reference", reference)
+    checks.of_type("degradation", degradation, Degradation, "a Degradation")
+    checks.dense("srf", srf)
+    if reference.ndim < 3 or srf.ndim != 2 or srf.shape[1] != reference.shape[-3]:
+        raise ValueError(
+            f"srf: expected (msi bands, hsi bands) for a reference (..., hsi bands, H, W), "
+            f"got {tuple(srf.shape)} and {tuple(reference.shape)}"
+        )
     return degradation(reference), apply_srf(reference, srf)

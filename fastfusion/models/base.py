@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,6 +111,7 @@ class FusionModel(nn.Module):
             OSError: what the file system says (no folder, no permission, no space left).
             ImportError: safetensors is not installed.
         """
+        checks.path("path", path)
         metadata = {"model": type(self).__name__, "config": json.dumps(self.config)}
         write_checkpoint(path, metadata, self.state_dict())
 
@@ -127,7 +129,7 @@ class FusionModel(nn.Module):
             OSError: the file cannot be read.
             ImportError: safetensors is not installed.
         """
-        metadata, tensors = read_checkpoint(Path(path))
+        metadata, tensors = read_checkpoint(checks.path("path", path))
         if "progress" in metadata:
             raise ValueError(f"{path} is the state of a training; name its model.safetensors")
         kind = _MODELS.get(metadata["model"])
@@ -138,7 +140,8 @@ class FusionModel(nn.Module):
             )
         if not issubclass(kind, cls):
             raise ValueError(f"{path} holds the model {kind.__name__}, not {cls.__name__}")
-        model = kind._from_config(json.loads(metadata["config"]), f"{path}")
+        with _at_most(10 * len(tensors) + 100):
+            model = kind._from_config(json.loads(metadata["config"]), f"{path}")
         check_weights(model, tensors, f"{path}")
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval()
@@ -160,7 +163,7 @@ class FusionModel(nn.Module):
         try:
             with torch.device("meta"):
                 return cls(**config)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes overflow
             raise ValueError(f"{source}: the configuration makes no model: {error}") from error
 
 
@@ -299,6 +302,25 @@ def _padded(image: Tensor) -> Tensor:
         image = F.pad(image, (0, -columns % 4, 0, -rows % 4), mode="replicate")
     # Convolutions on a CPU are fastest in this layout, and need no reordered copies.
     return image.contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Refuse to build a network of more modules: a file's configuration may be made to take years,
+    but none of a few tensors has many modules."""
+    count = 0
+
+    def hook(parent: nn.Module, name: str, child: nn.Module) -> None:
+        nonlocal count
+        count += 1
+        if count > modules:
+            raise ValueError(f"it has more than {modules} modules, the file too few weights")
+
+    handle = nn.modules.module.register_module_module_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def write_checkpoint(

@@ -122,6 +122,7 @@ class FSRVL(FusionModel):
         super().__init__(hsi_bands, msi_bands, scale)
         checks.integer("features", features, low=1)
         checks.integer("endmembers", endmembers, low=1)
+        checks.integer("kernel_size", kernel_size, low=1)
         checks.choice("abundances", abundances, ABUNDANCES)
         checks.choice("prior", prior, PRIORS)
         for name, value in (
@@ -133,6 +134,7 @@ class FSRVL(FusionModel):
             checks.flag(name, value)
         self.features, self.endmembers, self.kernel_size = features, endmembers, kernel_size
         self.abundances, self.prior = abundances, prior
+        checks.pair("psf_size", scale if psf_size is None else psf_size, low=1)
         self.synchronization, self.recalibration = synchronization, recalibration
         self.consistency, self.extend = consistency, extend
         self.psf_size: int | Sequence[int] = scale if psf_size is None else psf_size
@@ -293,6 +295,8 @@ class FSRVL(FusionModel):
         for name, value in (("minutes", minutes), ("learning_rate", learning_rate)):
             if not checks.number(name, value) > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
+        if srf is not None:
+            checks.response("srf", srf, (self.msi_bands, self.hsi_bands))
         loss = FSRVLLoss(alpha, beta)
         deadline = time.monotonic() + 60 * minutes
 

@@ -64,6 +64,7 @@ class LSO(ResidualModel):
         prior: str = "bicubic",
     ) -> None:
         super().__init__(hsi_bands, msi_bands, scale, prior=prior)
+        checks.integer("width", width, low=1)
         checks.integer("guide_width", guide_width, low=1)
         checks.integer("guide_blocks", guide_blocks, low=0)
         checks.integer("patch_size", patch_size, low=1)

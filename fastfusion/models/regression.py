@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastfusion.data.estimation import estimate_sensors, pair_moments
 from fastfusion.data.sensors import Degradation, apply_srf, fold
+from fastfusion.ops import checks
 from fastfusion.ops.local_map import local_map
 
 __all__ = ["Regression", "RegressionModel", "regression"]
@@ -80,6 +81,7 @@ def regression(
     torch.Size([31, 32, 32])
     """
     check_pair(lr_hsi, hr_msi)
+    checks.flag("clamp", clamp)
     work = torch.promote_types(torch.promote_types(lr_hsi.dtype, hr_msi.dtype), torch.float32)
     fused = lr_hsi.new_empty(*lr_hsi.shape[:-2], *hr_msi.shape[-2:])
     batch = lr_hsi.shape[0] if lr_hsi.ndim == 4 else 1
@@ -129,6 +131,7 @@ def check_pair(lr_hsi: Tensor, hr_msi: Tensor) -> int:
             raise TypeError(f"{name}: expected a tensor, got {type(cube).__name__}")
         if not cube.is_floating_point():
             raise ValueError(f"{name}: expected floating point, got {cube.dtype}")
+        checks.dense(name, cube)
         if cube.ndim not in (3, 4) or 0 in cube.shape[-3:]:
             raise ValueError(
                 f"{name}: expected (bands, height, width) or (batch, bands, height, width), "
@@ -139,9 +142,10 @@ def check_pair(lr_hsi: Tensor, hr_msi: Tensor) -> int:
             f"lr_hsi, hr_msi: expected the same batch, "
             f"got {tuple(lr_hsi.shape)} and {tuple(hr_msi.shape)}"
         )
-    if lr_hsi.device != hr_msi.device:
+    if lr_hsi.device != hr_msi.device or lr_hsi.device.type == "meta":
         raise ValueError(
-            f"lr_hsi, hr_msi: expected one device, got {lr_hsi.device} and {hr_msi.device}"
+            f"lr_hsi, hr_msi: expected one device that holds values, "
+            f"got {lr_hsi.device} and {hr_msi.device}"
         )
     (low_h, low_w), (height, width) = lr_hsi.shape[-2:], hr_msi.shape[-2:]
     if low_h > height and low_w > width:
@@ -195,11 +199,13 @@ class RegressionModel:
         """Arguments and errors as in `regression`; one pair, without a batch."""
         scale = check_pair(lr_hsi, hr_msi)
         hsi_bands, msi_bands = len(lr_hsi), len(hr_msi)
-        if srf is not None and tuple(srf.shape) != (msi_bands, hsi_bands):
+        if lr_hsi.dtype != hr_msi.dtype:
             raise ValueError(
-                f"srf: expected (msi bands, hsi bands) = ({msi_bands}, {hsi_bands}), "
-                f"got {tuple(srf.shape)}"
+                f"hr_msi: expected the dtype of lr_hsi, {lr_hsi.dtype}, got {hr_msi.dtype}"
             )
+        if srf is not None:
+            checks.response("srf", srf, (msi_bands, hsi_bands))
+        _check_options(local, ridge, iterations, window_sigma)
         degradation = as_degradation(psf, scale)
         if srf is None or degradation is None:
             degradation, srf = estimate_sensors(
@@ -231,16 +237,11 @@ class RegressionModel:
     ) -> RegressionModel:
         """The model of a scene by its `pair_moments`; its bands are taken to be equally sharp
         until `with_sharpness` is told otherwise. Other arguments and errors as in `fit`."""
-        if not ridge > 0:
-            raise ValueError(f"ridge: expected a positive number, got {ridge}")
-        if iterations < 0:
-            raise ValueError(f"iterations: expected 0 or more, got {iterations}")
+        _check_options(local, ridge, iterations, window_sigma)
         msi_bands, hsi_bands = srf.shape
         if window_sigma is None:
             # A Gaussian window weighs like 4 pi sigma^2 equal pixels.
             window_sigma = math.sqrt((msi_bands + 1) / (2 * math.pi))
-        if not window_sigma > 0:
-            raise ValueError(f"window_sigma: expected a positive number, got {window_sigma}")
         weights = global_weights(moments[: 1 + msi_bands])
         variance = moments.diagonal()[1 : 1 + msi_bands] / moments[0, 0]
         variance = variance - (moments[0, 1 : 1 + msi_bands] / moments[0, 0]) ** 2
@@ -325,6 +326,14 @@ class RegressionModel:
             back=self.back,
             iterations=self.iterations,
         )
+
+
+def _check_options(local: bool, ridge: float, iterations: int, window_sigma: float | None) -> None:
+    checks.flag("local", local)
+    checks.positive("ridge", ridge)
+    checks.integer("iterations", iterations, low=0)
+    if window_sigma is not None:
+        checks.positive("window_sigma", window_sigma)
 
 
 def as_degradation(psf: Tensor | Degradation | None, scale: int) -> Degradation | None:

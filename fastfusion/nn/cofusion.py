@@ -53,6 +53,14 @@ class MultiScaleGenerator(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        checks.integer("in_channels", in_channels, low=1)
+        checks.integer("channels", channels, low=1)
+        checks.of_type("depths", depths, Sequence, "three ints")
+        if len(depths) != 3:
+            raise ValueError(f"depths must be three ints, got {len(depths)}")
+        for depth in depths:
+            checks.integer("depths", depth, low=0)
+        checks.placed(device, dtype)
         kind = {"device": device, "dtype": dtype}
         fine, middle, coarse = depths
         self.stem = conv3x3(in_channels, channels, **kind)
@@ -65,6 +73,7 @@ class MultiScaleGenerator(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Local features and global proxies, finest first."""
+        checks.image("x", x, self.stem.in_channels, self.stem.weight)
         local = [self.stem(x)]
         for encoder in self.down:
             local.append(encoder(F.avg_pool2d(local[-1], 2)))  # bilinear by a half
@@ -99,6 +108,10 @@ class SpaCAM(nn.Module):
         self, channels: int, expansion: int = 4, *, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
+        checks.integer("channels", channels, low=1)
+        checks.integer("expansion", expansion, low=1)
+        checks.placed(device, dtype)
+        self.channels = channels
         kind = {"device": device, "dtype": dtype}
         self.contexts = nn.ModuleList(
             DepthwiseConv2d(channels, channels, 3, dilation=dilation, **kind)
@@ -114,6 +127,7 @@ class SpaCAM(nn.Module):
         redraw(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.image("x", x, self.channels, self.contexts[0].weight)  # type: ignore[arg-type]
         pooled = F.max_pool2d(x, 3, stride=1, padding=1)
         for context, detail, pointwise in zip(
             self.contexts, self.details, self.pointwise, strict=True
@@ -155,6 +169,11 @@ class SpeCAM(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        checks.integer("channels", channels, low=1)
+        checks.integer("expansion", expansion, low=1)
+        if k is not None:
+            checks.integer("k", k, low=1)
+        checks.placed(device, dtype)
         kind = {"device": device, "dtype": dtype}
         self.maxima = SceneMaxima()
         self.low = DepthwiseConv2d(channels, channels, 3, activation="gelu", **kind)
@@ -174,6 +193,7 @@ class SpeCAM(nn.Module):
         nn.init.zeros_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.image("x", x, self.low.in_channels, self.low.weight)
         alpha = self.alpha.sigmoid()
         if haar.fuses_spectral_stage(x):
             filters = self.low.weight, self.low.bias, self.high.weight, self.high.bias
@@ -225,6 +245,8 @@ class SSCFM(nn.Module):
         checks.integer("channels", channels, low=GROUPS)
         if channels % GROUPS:
             raise ValueError(f"channels must be a multiple of {GROUPS}, got {channels}")
+        checks.at_least("dropout", dropout, 0, 1)
+        checks.placed(device, dtype)
         kind = {"device": device, "dtype": dtype}
         self.norms = nn.ModuleList(nn.LayerNorm(channels, **kind) for _ in range(2))
         self.attentions = nn.ModuleList(MultiscaleAttention(channels, **kind) for _ in range(2))
@@ -246,6 +268,16 @@ class SSCFM(nn.Module):
 
     def forward(self, spatial: Tensor, spectral: Tensor) -> tuple[Tensor, Tensor]:
         """The two streams, refined."""
+        like = self.mix.weight
+        checks.image("spatial", spatial, self.mix.in_channels // 2, like)
+        checks.parameter(
+            "spectral",
+            spectral,
+            spatial.shape,
+            shape="(B, C, H, W)",
+            like=spatial,
+            like_name="spatial",
+        )
         streams = (spatial, spectral)
         attended = [
             self.dropout(attention(_channels_last(norm, x)))
@@ -268,7 +300,6 @@ class Pointwise(nn.Sequential):
     """
 
     def __init__(self, channels: int, expansion: int, **kind: Any) -> None:
-        checks.integer("expansion", expansion, low=1)
         super().__init__(
             nn.Linear(channels, expansion * channels, **kind),
             nn.GELU(),

@@ -48,6 +48,10 @@ class InitialRepresentation(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        checks.integer("hsi_bands", hsi_bands, low=1)
+        checks.integer("msi_bands", msi_bands, low=1)
+        checks.integer("features", features, low=1)
+        checks.placed(device, dtype)
         kind = {"device": device, "dtype": dtype}
         self.fine = nn.Conv2d(msi_bands, features, 3, padding=1, **kind)
         self.coarse = nn.Conv2d(msi_bands, features, 5, padding=2, **kind)
@@ -61,6 +65,8 @@ class InitialRepresentation(nn.Module):
         redraw(self)
 
     def forward(self, lr_hsi: Tensor, hr_msi: Tensor) -> tuple[Tensor, Tensor]:
+        checks.image("lr_hsi", lr_hsi, self.spectral.in_channels, self.spectral.weight)
+        checks.image("hr_msi", hr_msi, self.fine.in_channels, self.fine.weight)
         return self.of_msi(hr_msi), self.of_hsi(lr_hsi)
 
     def of_msi(self, msi: Tensor, *, pixelwise: bool = False) -> Tensor:
@@ -138,6 +144,9 @@ class FeatureSynchronization(nn.Module):
         self, features: int, *, mix: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
+        checks.integer("features", features, low=1)
+        checks.flag("mix", mix)
+        checks.placed(device, dtype)
         self.mix = mix
         mixing = torch.empty(2, features, features, device=device, dtype=dtype)
         if mix:
@@ -152,6 +161,9 @@ class FeatureSynchronization(nn.Module):
             self.mixing.copy_(torch.eye(self.mixing.shape[-1]))
 
     def forward(self, lr_features: Tensor, size: Sequence[int]) -> Tensor:
+        checks.image("lr_features", lr_features, self.mixing.shape[-1])
+        checks.of_type("size", size, Sequence, "a pair of ints")
+        checks.pair("size", size, low=1)
         return resize(lr_features, size)
 
     def extra_repr(self) -> str:
@@ -203,9 +215,16 @@ class FrequencyRecalibration(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        checks.integer("features", features, low=1)
+        checks.integer("endmembers", endmembers, low=1)
         checks.integer("kernel_size", kernel_size, low=1)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        checks.flag("filter", filter)
+        checks.flag("extend", extend)
+        checks.positive("eps", eps)
+        checks.at_least("momentum", momentum, 0, 1)
+        checks.placed(device, dtype)
         kind = {"device": device, "dtype": dtype}
         self.filter, self.extend, self.eps, self.momentum = filter, extend, eps, momentum
         if filter:
@@ -235,6 +254,10 @@ class FrequencyRecalibration(nn.Module):
         self.abundances.reset_parameters()
 
     def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
+        features = self.kernel.shape[1]
+        checks.image("x", x, features, self.kernel)
+        shape = (2, features, features)
+        checks.parameter("mixing", mixing, shape, shape="(2, d, d)", like=x)
         return self.abundances(self.recalibrate(x, mixing))
 
     def recalibrate(self, x: Tensor, mixing: Tensor) -> Tensor:

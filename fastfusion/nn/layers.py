@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastfusion import ops
 from fastfusion.ops import checks
-from fastfusion.ops.depthwise import ACTIVATIONS
+from fastfusion.ops.depthwise import ACTIVATIONS, LARGEST_KERNEL
 from fastfusion.ops.frequency_filter import PADDING_MODES, inverse_half_spectrum
 
 
@@ -21,6 +21,13 @@ def _init_linear(fan_in: int, *parameters: Tensor) -> None:
     bound = 1 / math.sqrt(fan_in)
     for parameter in parameters:
         nn.init.uniform_(parameter, -bound, bound)
+
+
+def _check_odd(name: str, size: object) -> None:
+    checks.integer(name, size, low=1, high=LARGEST_KERNEL)
+    assert isinstance(size, int)
+    if size % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {size}")
 
 
 class LatentOperator2d(nn.Module):
@@ -67,6 +74,10 @@ class LatentOperator2d(nn.Module):
         self.patch_size = (
             None if patch_size is None else checks.pair("patch_size", patch_size, low=1)
         )
+        checks.number("fundamental", fundamental)
+        checks.flag("squash", squash)
+        checks.flag("offset", offset)
+        checks.placed(device, dtype)
         self.fundamental, self.squash = fundamental, squash
         kind = {"device": device, "dtype": dtype}
         self.prompts = nn.Parameter(torch.empty(heads, tokens, channels // heads, **kind))
@@ -165,6 +176,11 @@ class FrequencyFilter2d(nn.Module):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         checks.choice("padding_mode", padding_mode, PADDING_MODES)
+        for name, value in (("mixing_bias", mixing_bias), ("tied", tied), ("norm", norm)):
+            checks.flag(name, value)
+        checks.positive("eps", eps)
+        checks.at_least("momentum", momentum, 0, 1)
+        checks.placed(device, dtype)
         if norm and padding_mode == "circular":
             raise ValueError("norm must be False with padding_mode='circular', got True")
         self.in_channels, self.out_channels, self.kernel_size = (
@@ -206,6 +222,7 @@ class FrequencyFilter2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, D, H, W)``."""
+        checks.image("x", x, self.in_channels, self.kernel)
         mixing = self.mixing.expand(2, -1, -1)
         if self.norm and self.training:
             real, imag = ops.frequency_response2d(
@@ -304,6 +321,7 @@ class CoordinateMixing(nn.Module):
         self.channels = channels
         self.k = max(1, channels // 4) if k is None else k
         checks.integer("k", self.k, low=1)
+        checks.placed(device, dtype)
         self.state = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -356,6 +374,12 @@ class DepthwiseConv2d(nn.Conv2d):
         activation: str | None = None,
     ) -> None:
         groups = in_channels if groups is None else groups
+        for name, value in (
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("groups", groups),
+        ):
+            checks.integer(name, value, low=1)
         if not in_channels == out_channels == groups:
             raise ValueError(
                 "in_channels, out_channels and groups must be equal for a depthwise convolution, "
@@ -363,15 +387,18 @@ class DepthwiseConv2d(nn.Conv2d):
             )
         sizes = checks.pair("kernel_size", kernel_size, low=1)
         spread = checks.pair("dilation", dilation, low=1)
-        if any(size % 2 == 0 for size in sizes):
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if any(size % 2 == 0 or size > LARGEST_KERNEL for size in sizes):
+            raise ValueError(f"kernel_size must be odd, up to {LARGEST_KERNEL}, got {kernel_size}")
         if checks.pair("stride", stride, low=1) != (1, 1):
             raise ValueError(f"stride must be 1, got {stride}")
         same = (spread[0] * (sizes[0] // 2), spread[1] * (sizes[1] // 2))
-        if padding != "same" and checks.pair("padding", padding, low=0) != same:
+        if isinstance(padding, str) and padding != "same":
+            raise ValueError(f"padding must be 'same' or ints, got {padding!r}")
+        if not isinstance(padding, str) and checks.pair("padding", padding, low=0) != same:
             raise ValueError(f"padding must keep the size, 'same' or {same}, got {padding!r}")
-        if padding_mode != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
+        checks.choice("padding_mode", padding_mode, ("zeros",))
+        checks.flag("bias", bias)
+        checks.placed(device, dtype)
         checks.choice("activation", activation, ACTIVATIONS)
         super().__init__(
             in_channels,
@@ -426,6 +453,10 @@ class LargeKernelAttention(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        checks.integer("channels", channels, low=1)
+        for name, size in (("local_size", local_size), ("context_size", context_size)):
+            _check_odd(name, size)
+        checks.integer("dilation", dilation, low=1)
         kind: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.conv0 = DepthwiseConv2d(channels, channels, local_size, **kind)
         self.conv_spatial = DepthwiseConv2d(
@@ -474,6 +505,12 @@ class MultiscaleAttention(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        checks.integer("channels", channels, low=1)
+        checks.of_type("sizes", sizes, Sequence, "a list of ints")
+        if not sizes:
+            raise ValueError("sizes must hold at least one filter's size, got none")
+        for size in sizes:
+            _check_odd("sizes", size)
         kind: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.scales = nn.ModuleList(
             DepthwiseConv2d(channels, channels, size, **kind) for size in sizes
@@ -486,6 +523,8 @@ class MultiscaleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same."""
+        first = self.scales[0]
+        checks.image("x", x, first.in_channels, first.weight)  # type: ignore[arg-type]
         weights = [scale.weight for scale in self.scales]
         biases = [scale.bias for scale in self.scales]
         return ops.multiscale_attention(x, weights, biases)  # type: ignore[arg-type]

@@ -6,11 +6,15 @@ Every check runs before anything is allocated. They are plain Python on shapes a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+#: The largest size that a tensor can have.
+LARGEST = 2**63 - 1
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -27,6 +31,33 @@ def tensor(name: str, value: object, *, dims: int | Sequence[int], shape: str) -
     allowed = (dims,) if isinstance(dims, int) else tuple(dims)
     if value.dim() not in allowed:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def dense(name: str, value: object, *, dims: int | Sequence[int] | None = None) -> None:
+    """A dense tensor of real floating-point numbers, for callers that tell the shape themselves."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_kind(value)}")
+    if value.dtype not in DTYPES or value.layout != torch.strided:
+        raise ValueError(
+            f"{name}: expected a dense tensor, float32, float64, float16 or bfloat16, "
+            f"got {_short(value.dtype)}, {value.layout}"
+        )
+    allowed = (dims,) if isinstance(dims, int) else dims
+    if allowed is not None and value.dim() not in allowed:
+        raise ValueError(
+            f"{name}: expected {' or '.join(map(str, allowed))} dimensions, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def response(name: str, value: object, bands: tuple[int, int]) -> None:
+    """A spectral response ``(msi bands, hsi bands)``."""
+    dense(name, value)
+    assert isinstance(value, Tensor)
+    if tuple(value.shape) != bands:
+        raise ValueError(
+            f"{name}: expected (msi bands, hsi bands) = {bands}, got {tuple(value.shape)}"
+        )
 
 
 def size(name: str, value: Tensor, expected: Sequence[int | None], *, shape: str) -> None:
@@ -68,10 +99,21 @@ def parameter(
     alike(name, value, like_name, like)
 
 
+def image(name: str, value: object, channels: int, like: Tensor | None = None) -> None:
+    """An image ``(B, C, H, W)`` for a layer of so many channels, of its weights' dtype."""
+    tensor(name, value, dims=4, shape="(B, C, H, W)")
+    assert isinstance(value, Tensor)
+    size(name, value, (None, channels, None, None), shape="(B, C, H, W)")
+    if like is not None:
+        alike(name, value, "the layer's weights", like)
+
+
 def integer(name: str, value: object, *, low: int, high: int | None = None) -> None:
-    """An integer (bool is none) from ``low`` to ``high``, both included."""
+    """An integer (bool is none) from ``low`` to ``high``, both included, of at most 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {_kind(value)}")
+    if high is None and isinstance(value, int) and value > LARGEST:
+        high = LARGEST
     if value < low or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be {limits}, got {value}")
@@ -100,6 +142,56 @@ def number(name: str, value: object) -> float:
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
+
+
+def positive(name: str, value: object) -> float:
+    """A finite number above 0, given back as a float."""
+    if not number(name, value) > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def at_least(name: str, value: object, low: float, high: float | None = None) -> float:
+    """A finite number from ``low`` (to ``high``), given back as a float."""
+    if number(name, value) < low or (high is not None and float(value) > high):  # type: ignore[arg-type]
+        limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be {limits}, got {value}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def placed(device: object, dtype: object) -> None:
+    """The ``device=`` and ``dtype=`` of a layer's parameters."""
+    if device is not None:
+        if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+            raise TypeError(f"device must be a torch.device, its name or None, got {_kind(device)}")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be 'cpu', 'cuda' or the like, got {device!r}") from error
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, got {_kind(dtype)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(
+            f"dtype must be float32, float64, float16 or bfloat16, got {_short(dtype)}"
+        )
+
+
+def path(name: str, value: object) -> Path:
+    """The name of a file or folder."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be the name of a file or folder, got {_kind(value)}")
+    found = os.fspath(value)
+    if not isinstance(found, str):
+        raise TypeError(f"{name} must be the name of a file or folder as text, got {_kind(found)}")
+    if not found or "\0" in found:
+        raise ValueError(f"{name} must be the name of a file or folder, got {found!r}")
+    return Path(found)
+
+
+def of_type(name: str, value: object, kind: type, what: str) -> None:
+    """An object of one class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {_kind(value)}")
 
 
 def flag(name: str, value: object) -> None:

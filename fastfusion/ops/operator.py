@@ -340,7 +340,7 @@ class Operator:
 
     def __call__(self, *args: Any, backend: str = "auto") -> Any:
         """Run the op; the arguments are checked by the public function, the backend's name here."""
-        if backend not in CHOICES:
+        if not isinstance(backend, str) or backend not in CHOICES:
             from fastfusion.ops import checks
 
             checks.choice("backend", backend, CHOICES)

@@ -315,7 +315,7 @@ def test_the_convention_of_the_format_and_where_the_shape_speaks_against_it(
 
 def test_an_axis_that_is_none(tmp_path):
     write_cube(tmp_path / "a.npy", make_cube())
-    with pytest.raises(ValueError, match="bands_axis must be 0, 1 or 2"):
+    with pytest.raises(ValueError, match="bands_axis must be from -3 to 2"):
         read_cube(tmp_path / "a.npy", bands_axis=3)
 
 

@@ -110,8 +110,8 @@ def test_centre_is_the_centre_of_mass():
         ((torch.rand(3), 2), "psf: expected a 2-D"),
         ((torch.ones(3, 3, dtype=torch.int64), 2), "psf: expected a 2-D floating-point"),
         ((torch.rand(3, 3), 0), "scale: expected at least 1"),
-        ((torch.rand(3, 3), 2, 2), "offset: expected 0 to scale-1 = 1"),
-        ((torch.rand(3, 3), 2, 0, "periodic"), "boundary: expected one of circular"),
+        ((torch.rand(3, 3), 2, 2), "offset must be from 0 to 1"),
+        ((torch.rand(3, 3), 2, 0, "periodic"), "boundary must be one of 'circular'"),
     ],
 )
 def test_bad_degradations(arguments, message):
@@ -122,7 +122,7 @@ def test_bad_degradations(arguments, message):
 def test_bad_cubes_and_types():
     with pytest.raises(TypeError, match="psf: expected a 2-D tensor"):
         Degradation(np.ones((3, 3)), 2)
-    with pytest.raises(TypeError, match="scale: expected an int"):
+    with pytest.raises(TypeError, match="scale must be an int"):
         Degradation(torch.ones(3, 3), 2.0)
     with pytest.raises(ValueError, match="multiples of the scale 4, got 10 x 12"):
         Degradation.gaussian(4)(torch.rand(3, 10, 12))

@@ -118,7 +118,7 @@ def test_the_loss_is_equation_16():
     assert found.item() == pytest.approx(7 * (0.1 + 0.3) + 2 * (0.2 + 0.4), rel=1e-5)
     with pytest.raises(ValueError, match="lr_degraded: expected the shape of lr_hsi"):
         loss(y, y, y[:1], x, x, x)
-    with pytest.raises(ValueError, match="beta: expected a number from 0 up, got -1"):
+    with pytest.raises(ValueError, match="beta must be at least 0, got -1"):
         FSRVLLoss(beta=-1)
 
 

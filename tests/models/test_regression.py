@@ -229,5 +229,5 @@ def test_bad_input():
     with pytest.raises(TypeError, match="psf: expected a tensor or a Degradation, got str"):
         regression(hsi, msi, psf="gaussian")
     for option in ({"ridge": 0.0}, {"iterations": -1}, {"window_sigma": 0.0}):
-        with pytest.raises(ValueError, match=f"{next(iter(option))}: expected"):
+        with pytest.raises(ValueError, match=f"^{next(iter(option))} must be"):
             regression(hsi, msi, **option)

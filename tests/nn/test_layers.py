@@ -145,7 +145,7 @@ def test_depthwise_is_a_drop_in():
         ({"kernel_size": 4}, "kernel_size must be odd"),
         ({"stride": 2}, "stride must be 1"),
         ({"padding": 0}, "padding must keep the size"),
-        ({"padding_mode": "reflect"}, "padding_mode must be 'zeros'"),
+        ({"padding_mode": "reflect"}, "padding_mode must be one of 'zeros'"),
         ({"activation": "tanh"}, "activation must be one of"),
         ({"dilation": 0}, "dilation must be at least 1"),
     ],

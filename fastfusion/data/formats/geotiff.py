@@ -11,7 +11,13 @@ import numpy as np
 
 from fastfusion._optional import need
 from fastfusion.data.cube import Cube
-from fastfusion.data.formats.stored import Stored, reserve, to_nanometres
+from fastfusion.data.formats.stored import (
+    LARGEST_COMPRESSION,
+    LEFT_OUT,
+    Stored,
+    reserve,
+    to_nanometres,
+)
 
 #: Rows of a cube on the disk that are written at a time, and the side of a block in the file.
 BLOCK = 128
@@ -37,6 +43,7 @@ def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
                 divisor=1 / np.reshape(image.scales, (-1, 1, 1)),
                 offset=np.reshape(image.offsets, (-1, 1, 1)),
                 ignore=image.nodata,
+                room=max(path.stat().st_size * LARGEST_COMPRESSION, LEFT_OUT),
             )
 
 
@@ -62,9 +69,12 @@ class _Bands:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             # An open file serves one thread alone, so every reading opens its own.
-            with rasterio.open(self.path, driver="GTiff") as image:
-                window = rasterio.windows.Window.from_slices(*limits)
-                return image.read(indexes, window=window, out_dtype=self.dtype)
+            try:
+                with rasterio.open(self.path, driver="GTiff") as image:
+                    window = rasterio.windows.Window.from_slices(*limits)
+                    return image.read(indexes, window=window, out_dtype=self.dtype)
+            except (rasterio.errors.RasterioError, IndexError) as error:
+                raise ValueError(f"cannot read {self.path}: its values are damaged") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(self.dtype if dtype is None else dtype, copy=False)

@@ -7,6 +7,7 @@ here, whatever the version.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,29 @@ def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
     return {name: contents[name] for name in names}
 
 
+def load_first(path: Path, names: Sequence[str]) -> np.ndarray:
+    """The first of some numeric arrays that a v5 file holds."""
+    import scipy.io
+
+    complex_arrays = check_elements(path)
+    with path.open("rb") as file:
+        found = {
+            name: shape
+            for name, shape, kind in scipy.io.whosmat(file)
+            if kind in NUMERIC_CLASSES and name not in complex_arrays
+        }
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            raise ValueError(
+                f"{path}: expected a variable {', '.join(names[:-1])} or {names[-1]}, "
+                f"got {', '.join(found) or 'none'}"
+            )
+        room = path.stat().st_size * LARGEST_COMPRESSION
+        check_bytes(found[name], np.dtype(np.uint8), room, name)
+        file.seek(0)
+        return scipy.io.loadmat(file, variable_names=[name])[name]
+
+
 def _is_hdf5(path: Path) -> bool:
     with path.open("rb") as file:
         for offset in (USER_BLOCK, 0):  # as MATLAB writes it, as a bare HDF5 library does
@@ -111,8 +135,12 @@ def _load_v73(path: Path, variable: str | None, bands_axis: int | None) -> Store
     with h5py.File(path, "r") as file:
         arrays = {
             name: item
-            for name, item in file.items()
-            if isinstance(item, h5py.Dataset)
+            for name in file
+            # A link, or values that lie elsewhere, would read another file in this one's name.
+            if isinstance(file.get(name, getlink=True), h5py.HardLink)
+            and isinstance(item := file[name], h5py.Dataset)
+            and not item.external
+            and not item.is_virtual
             and item.dtype.kind in "uif"
             and item.attrs.get("MATLAB_class") != b"char"
         }

@@ -27,6 +27,11 @@ def load_npy(path: Path, variable: str | None, bands_axis: int | None) -> Stored
     return arrange(array, bands_axis, convention=0)
 
 
+def load_array(path: Path) -> np.ndarray:
+    """An array of any shape; ValueError where the file does not hold what its header says."""
+    return np.array(np.lib.format.open_memmap(path, mode="r"))
+
+
 def save_npy(path: Path, cube: Cube) -> None:
     with path.open("wb") as file:
         np.save(file, np.asarray(cube.data), allow_pickle=False)

@@ -9,8 +9,10 @@ import numpy as np
 
 from fastfusion._optional import need
 from fastfusion.data.cube import Cube
-from fastfusion.data.formats.stored import Stored
+from fastfusion.data.formats.stored import Stored, check_bytes
 
+#: Deflate cannot do better; a band that claims more is damaged or made to exhaust memory.
+LARGEST_COMPRESSION = 1032
 CAVE_BANDS = 31
 CAVE_WAVELENGTHS = np.linspace(400, 700, CAVE_BANDS)
 #: Name of the text chunk that keeps a band's centre, in nm.
@@ -29,6 +31,9 @@ def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
                     f"{file.name} is {image.mode}, not grey with 8 or 16 bits: one file a band "
                     "is expected"
                 )
+            kind = np.dtype(np.uint8 if image.mode == "L" else np.uint16)
+            room = file.stat().st_size * LARGEST_COMPRESSION
+            check_bytes((image.height, image.width), kind, room, file.name)
             bands.append(np.array(image))
             wavelengths.append(float(image.text.get(WAVELENGTH_KEY, "nan")))
         if (bands[-1].shape, bands[-1].dtype) != (bands[0].shape, bands[0].dtype):

@@ -33,6 +33,7 @@ class Stored:
     divisor: float | np.ndarray = 1.0
     offset: float | np.ndarray = 0.0
     ignore: float | None = None
+    room: float = float("inf")  # bytes of values that the file can hold, for formats in pieces
 
 
 def pick_variable(
@@ -123,6 +124,12 @@ def to_nanometres(values: Any, unit: str | None) -> np.ndarray | None:
     if name == "unknown":
         return centres * 1000 if centres.max() < 100 else centres
     return None
+
+
+#: The most that the compressions of zarr and GeoTIFF make of a byte (Zstandard, of a constant).
+LARGEST_COMPRESSION = 2**16
+#: What is left out of such a file, because it is the fill value, may be so many bytes at least.
+LEFT_OUT = 2**26
 
 
 def check_bytes(shape: tuple[int, ...], dtype: np.dtype, available: float, name: str) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 from fastfusion._optional import need
 from fastfusion.data.cube import Cube
 from fastfusion.data.formats.stored import (
+    LARGEST_COMPRESSION,
+    LEFT_OUT,
     READING_KEYS,
     WAVELENGTH_NAMES,
     Stored,
@@ -48,6 +50,7 @@ def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
         )
     metadata = {"variable": variable} if variable else {}
     stored = arrange(array, bands_axis, convention=0, beside=beside, **metadata)
+    stored.room = max(array.nbytes_stored() * LARGEST_COMPRESSION, LEFT_OUT)
     stored.metadata = {**beside.get("metadata", {}), **stored.metadata}
     return stored
 
