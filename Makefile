@@ -11,7 +11,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs sanitize quality bench kernels gpu-check triton-gate triton-versions triton-sanitize wheel wheel-test clean
+.PHONY: help demo test lint format docs sanitize torture audit quality bench kernels gpu-check triton-gate triton-versions triton-sanitize wheel wheel-test clean
 
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
@@ -21,6 +21,8 @@ help:
 	@echo "make format    put the sources into their format"
 	@echo "make docs      the documentation, in build/docs/index.html"
 	@echo "make sanitize  the C++ kernels' tests under address, undefined and thread sanitizers"
+	@echo "make torture   the long profile of the reliability tests: docs/reliability.md (hours; SHARE=0.1)"
+	@echo "make audit     known vulnerabilities of what is installed (needs a network)"
 	@echo "make quality   the tables and pictures of docs/quality.md, from real scenes"
 	@echo "make bench     the tables of docs/performance-cpu.md and the page out/bench.html; COMPARE=earlier.json"
 	@echo "make kernels   docs/kernels.md: what the Triton kernels compile to, without a GPU"
@@ -86,6 +88,17 @@ docs: $(VENV)/docs.done
 
 sanitize: $(VENV)/dev.done
 	$(BIN)/python tests/sanitize.py
+
+SHARE ?= 1
+torture: $(VENV)/dev.done
+	$(BIN)/python -m tests.reliability.torture --share $(SHARE) --write docs/reliability.md
+
+# The tool is no part of the environment that it looks over.
+audit: $(VENV)/dev.done
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
+	$(BIN)/python -m pip freeze --exclude-editable > build/audit/installed.txt
+	build/audit/bin/pip-audit --requirement build/audit/installed.txt --no-deps --disable-pip
 
 quality: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.quality --write docs/quality.md

@@ -125,10 +125,11 @@ def _ninja_file(
         "rule link",
         # libtorch_cpu is named, without a path: the loader finds it by name in the process, where
         # `import torch` has brought it.
-        f"  command = {command} -shared {extra} $in -o $out "
+        # Under another name at first: nobody loads half a library while this runs.
+        f"  command = {command} -shared {extra} $in -o $out.partial "
         f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu -Wl,--no-undefined "
         f"-Wl,--allow-shlib-undefined -Wl,--as-needed {'' if extra else '-s'} "
-        f"{shlex.join(portable)}",
+        f"{shlex.join(portable)} && mv -f $out.partial $out",
         "  description = link $out",
     ]
     built = []
@@ -195,11 +196,17 @@ def build(
         folder.mkdir(parents=True, exist_ok=True)
     library = out / LIBRARY
     plan = objects / "build.ninja"
-    link = _portable_link(compiler, objects / "portable") if portable else []
-    plan.write_text(_ninja_file(torch, compiler, objects, library, flags, link))
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     command = [ninja, "-f", str(plan), "-C", str(objects), "-j", jobs, *["-v"] * verbose]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    import fcntl  # is on Linux alone, as this is
+
+    with (objects / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ninja does not expect another one at the same files
+        link = _portable_link(compiler, objects / "portable") if portable else []
+        plan.write_text(_ninja_file(torch, compiler, objects, library, flags, link))
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     sys.stdout.write(result.stdout)
     if result.returncode != 0:
         lines = [line.strip() for line in result.stdout.splitlines()]

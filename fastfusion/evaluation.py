@@ -121,7 +121,7 @@ def case_of(
     """
     checks.of_type("scene", scene, Scene, "a Scene")
     if scale is not None:
-        checks.integer("scale", scale, low=2)
+        checks.integer("scale", scale, low=-checks.LARGEST)  # its range depends on the scene
     if srf is not None:
         checks.dense("srf", srf, dims=2)
     if degradation is not None:
@@ -130,7 +130,7 @@ def case_of(
     if scene.reference is None:
         return _as_acquired(scene, scale, srf, degradation)
     cube = scene.reference
-    scale = scale or scene.scale or 4
+    scale = (scene.scale or 4) if scale is None else scale
     if not 2 <= scale <= min(cube.shape[1:]):
         raise ValueError(
             f"scale: expected 2 to {min(cube.shape[1:])} for {scene.name}, got {scale}"

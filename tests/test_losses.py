@@ -50,5 +50,5 @@ def test_bad_input():
         CoFusionLoss()(cube, cube[..., :6])
     with pytest.raises(TypeError, match="fused: expected a tensor"):
         CoFusionLoss()([1.0], cube)
-    with pytest.raises(ValueError, match=r"weight: .* got -1"):
+    with pytest.raises(ValueError, match=r"weight must .* got -1"):
         CoFusionLoss(weight=-1)

@@ -342,13 +342,13 @@ def test_bad_cubes(name):
 
 def test_bad_numbers():
     cube = torch.rand(3, 16, 16)
-    with pytest.raises(ValueError, match=r"peak: .* got 0"):
+    with pytest.raises(ValueError, match=r"peak must .* got 0"):
         metrics.psnr(cube, cube, peak=0)
-    with pytest.raises(ValueError, match=r"ratio: .* got -4"):
+    with pytest.raises(ValueError, match=r"ratio must .* got -4"):
         metrics.ergas(cube, cube, ratio=-4)
-    with pytest.raises(ValueError, match=r"p: .* got 0.5"):
+    with pytest.raises(ValueError, match=r"^p must .* got 0.5"):
         metrics.d_lambda(cube, cube, p=0.5)
-    with pytest.raises(ValueError, match=r"alpha: .* got -1"):
+    with pytest.raises(ValueError, match=r"alpha must .* got -1"):
         metrics.qnr(cube, cube, cube, srf=torch.eye(3), alpha=-1)
 
 

@@ -274,17 +274,15 @@ def _read_response(path: Path) -> SpectralResponse:
     with open(path, newline="") as file:
         header, *rows = [row for row in csv.reader(file) if row] or [[""]]
     if header[0].strip().lower() != "wavelength_nm":
-        raise ValueError(
-            f"{path}: expected a CSV whose first column is wavelength_nm, got {header[:1]}"
-        )
+        raise ValueError(f"expected a CSV whose first column is wavelength_nm, got {header[:1]}")
     try:
         table = np.array(rows, dtype=np.float64)
     except ValueError as error:
-        raise ValueError(f"{path}: expected a table of numbers: {error}") from error
+        raise ValueError(f"expected a table of numbers: {error}") from error
     if table.ndim != 2 or table.shape[1] < 2 or not np.isfinite(table).all():
-        raise ValueError(f"{path}: expected at least one band of finite responses")
+        raise ValueError("expected at least one band of finite responses")
     if len(header) != table.shape[1]:
-        raise ValueError(f"{path}: expected a name for each of its {table.shape[1]} columns")
+        raise ValueError(f"expected a name for each of its {table.shape[1]} columns")
     table = table[np.argsort(table[:, 0], kind="stable")]
     return SpectralResponse(table[:, 0], table[:, 1:].T.copy(), [n.strip() for n in header[1:]])
 
@@ -301,6 +299,8 @@ def read_srf(
     ``srf`` or ``srf_gt``) holds the matrix itself, either way round.
     """
     path = checks.path("path", path)
+    if path.suffix.lower() not in (".csv", ".npy", ".mat"):
+        raise ValueError(f"{path}: expected an SRF as .csv, .mat or .npy")
     return reading(path, lambda: _read_srf(path, hsi_wavelengths, hsi_widths))
 
 
@@ -315,15 +315,13 @@ def _read_srf(
         matrix = response.responses
     elif suffix == ".npy":
         matrix = load_array(path)
-    elif suffix == ".mat":
-        matrix = load_first(path, ("P", "R", "srf", "SRF", "srf_gt"))
     else:
-        raise ValueError(f"{path}: expected an SRF as .csv, .mat or .npy")
+        matrix = load_first(path, ("P", "R", "srf", "SRF", "srf_gt"))
     if matrix.ndim != 2 or matrix.dtype.kind not in "uif":
-        raise ValueError(f"{path}: expected a matrix, got {matrix.dtype} of shape {matrix.shape}")
+        raise ValueError(f"expected a matrix, got {matrix.dtype} of shape {matrix.shape}")
     if matrix.shape[0] > matrix.shape[1]:  # a multispectral sensor has the fewer bands
         matrix = matrix.T
-    return torch.from_numpy(_normalised(matrix.astype(np.float64), str(path)))
+    return torch.from_numpy(_normalised(matrix.astype(np.float64), "the response"))
 
 
 def srf_from_response(

@@ -109,7 +109,7 @@ def test_centre_is_the_centre_of_mass():
     [
         ((torch.rand(3), 2), "psf: expected a 2-D"),
         ((torch.ones(3, 3, dtype=torch.int64), 2), "psf: expected a 2-D floating-point"),
-        ((torch.rand(3, 3), 0), "scale: expected at least 1"),
+        ((torch.rand(3, 3), 0), "scale must be at least 1"),
         ((torch.rand(3, 3), 2, 2), "offset must be from 0 to 1"),
         ((torch.rand(3, 3), 2, 0, "periodic"), "boundary must be one of 'circular'"),
     ],
@@ -197,7 +197,7 @@ def test_bad_files_of_responses(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_response(path)
     savemat(tmp_path / "srf.mat", {"unknown": np.ones((3, 31))})
-    with pytest.raises(ValueError, match="expected a variable P, R, srf or srf_gt, got unknown"):
+    with pytest.raises(ValueError, match="expected a variable P, R, srf, SRF or srf_gt, got"):
         read_srf(tmp_path / "srf.mat")
     with pytest.raises(ValueError, match=r"as \.csv, \.mat or \.npy"):
         read_srf(tmp_path / "srf.txt")

@@ -75,7 +75,7 @@ def load_first(path: Path, names: Sequence[str]) -> np.ndarray:
         name = next((name for name in names if name in found), None)
         if name is None:
             raise ValueError(
-                f"{path}: expected a variable {', '.join(names[:-1])} or {names[-1]}, "
+                f"expected a variable {', '.join(names[:-1])} or {names[-1]}, "
                 f"got {', '.join(found) or 'none'}"
             )
         room = path.stat().st_size * LARGEST_COMPRESSION

@@ -1,0 +1,55 @@
+"""Many calls of every operator, forward and backward, hold no more memory than a few."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastfusion.ops.operator import OPERATORS
+from tests.ops.cases import FIRST, Case
+from tests.reliability.effort import counted, effort, largest
+
+CALLS = effort(200, 10_000)
+#: KiB that the resident size may grow by after the first fifth of the calls: the allocator's own
+#: doing. A leak of one small tensor a call would be over a MiB in 10,000.
+ROOM = 1024
+
+
+def resident() -> int:
+    """KiB of memory, after what is free was given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+)", status)
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_the_resident_size_is_flat(case: Case, backend: str) -> None:
+    if backend == "cpp" and (reason := OPERATORS[case.operator].why_no_cpp()) is not None:
+        pytest.skip(f"cpp: {reason}")
+    if backend == "reference" and effort(True, False):
+        pytest.skip("PyTorch's own kernels: in make torture")
+    tensors = {name: t.float().requires_grad_() for name, t in case.tensors().items()}
+
+    def call() -> None:
+        outputs = case.outputs(tensors, backend)
+        torch.autograd.grad(sum(y.sum() for y in outputs), list(tensors.values()))
+
+    for _ in range(CALLS // 5):
+        call()
+    before = resident()
+    for _ in range(CALLS - CALLS // 5):
+        call()
+    grown = resident() - before
+    counted("leaks", "calls forward and backward", CALLS)
+    largest("leaks", "KiB at most that the resident size grew by", grown)
+    assert grown < ROOM, f"{grown} KiB more after {CALLS} calls"
