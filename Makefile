@@ -113,17 +113,19 @@ kernels: $(VENV)/dev.done
 gpu-check:
 	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check
 
-# Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.4 no longer does.
 TRITONS ?= 3.6.0 3.9.0
+TRITON_GATE ?= sm_90 or gfx942
 triton-gate: $(VENV)/dev.done
 	FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k compiles
 
+# Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.4 no longer does.
 triton-versions: $(VENV)/dev.done
 	@set -e; for version in $(TRITONS); do \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$version triton==$$version numpy==2.2.6; \
+	  case $$version in 3.6*) numpy=numpy==2.2.6;; *) numpy=;; esac; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$version triton==$$version $$numpy; \
 	  echo "Triton $$version"; export PYTHONPATH=build/triton-$$version:.; \
 	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:warnings tests/ops/test_parity.py -k "triton and float32"; \
-	  FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k "compiles and sm_90 or compiles and gfx942"; \
+	  FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k "compiles and ($(TRITON_GATE))"; \
 	done
 
 triton-sanitize: $(VENV)/dev.done

@@ -678,7 +678,7 @@ def _launcher(module: str, name: str) -> Callable[..., Any]:
 
 
 def _why_no_triton(x: Tensor) -> str | None:
-    if not _triton_installed():
+    if not triton_installed():
         return "triton is not installed"
     if x.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -705,7 +705,7 @@ def _why_no_cuda(x: Tensor) -> str | None:
 
 
 @functools.cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

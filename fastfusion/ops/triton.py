@@ -313,6 +313,15 @@ def narrow(x, kind: tl.constexpr):
 
 
 @triton.jit
+def both(mask, condition):
+    """``mask & condition`` where the condition may be a scalar's.
+
+    Those are spread as integers by the interpreter of Triton 3.9, which refuses integers as masks.
+    """
+    return (mask.to(tl.int32) & condition.to(tl.int32)) > 0
+
+
+@triton.jit
 def normal_cdf(x):
     """The standard normal distribution function of float32 values.
 

@@ -6,6 +6,7 @@ Of the kernels those in C++ are tested, and under TRITON_INTERPRET=1 those in Tr
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastfusion import ops
+from fastfusion.ops import haar
 from fastfusion.ops.haar import spectral_maxima, spectral_mix
-from fastfusion.ops.operator import OPERATORS
+from fastfusion.ops.operator import OPERATORS, triton_installed
 from tests.closeness import assert_close, relative_error
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -209,7 +211,7 @@ def test_mixture(size, layout, dtype):
     tensors = [value.to(dtype) for value in gated(size)]
     tensors[0] = tensors[0].contiguous(memory_format=layout)
     expected = mixed([value.double() for value in tensors], "reference")
-    plain, found = mixed(tensors, "reference"), mixed(tensors, "cpp")
+    plain, found = mixed(tensors, "reference"), mixed(tensors, KERNELS)
     for index, (value, truth) in enumerate(zip(found, expected, strict=True)):
         assert value.dtype == dtype
         bound = {torch.float32: 1e-5 if index else 2e-6, torch.float64: 1e-12}.get(
@@ -225,8 +227,11 @@ def test_mixture_of_any_strides():
     wide[..., ::2] = tensors[0]
     sliced = torch.full((2, 9, 10, 7), float("nan"), dtype=torch.float64)
     sliced[..., :6] = tensors[0].permute(0, 2, 3, 1)
+    dtype, bound = (torch.float32, 2e-6) if INTERPRETED else (torch.float64, 1e-12)
+    parameters = [value.to(dtype) for value in tensors[1:]]
     for x in (wide[..., ::2], sliced[..., :6].permute(0, 3, 1, 2), tensors[0].mT.clone().mT):
-        assert_close(spectral_mix(x, *tensors[1:], backend="cpp"), expected, 1e-12, "strides")
+        found = spectral_mix(x.to(dtype), *parameters, backend=KERNELS)
+        assert_close(found, expected, bound, "strides")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -234,13 +239,14 @@ def test_special_values_stay_in_place_in_the_mixture(value):
     tensors = [t.float() for t in gated((1, 3, 9, 8))]
     tensors[0][0, 1, 3, 5] = value
     expected = spectral_mix(*tensors, backend="reference")
-    found = spectral_mix(*tensors, backend="cpp")
+    found = spectral_mix(*tensors, backend=KERNELS)
     good = expected.isfinite()
     assert not good.all()
     assert torch.equal(found.isfinite(), good)
     assert_close(found[good], expected[good], 1e-5, "finite part")
 
 
+@pytest.mark.skipif(INTERPRETED, reason="no float64 in Triton")
 def test_mixture_passes_gradcheck_and_opcheck():
     tensors = [value.requires_grad_() for value in gated((1, 2, 4, 5))]
     assert torch.autograd.gradcheck(lambda *t: spectral_mix(*t, backend="cpp"), tensors)
@@ -248,10 +254,11 @@ def test_mixture_passes_gradcheck_and_opcheck():
 
 
 def test_mixture_without_biases_and_with_some_gradients_only():
-    x, low, _, high, _, *gates = gated((2, 4, 6, 6))
+    dtype, bound = (torch.float32, 1e-5) if INTERPRETED else (torch.float64, 1e-12)
+    x, low, _, high, _, *gates = (value.to(dtype) for value in gated((2, 4, 6, 6)))
     for wanted in ({0}, {1}, {2}, {3}, {0, 2}):
         results = []
-        for backend in ("cpp", "reference"):
+        for backend in (KERNELS, "reference"):
             leaves = [
                 t.detach().requires_grad_(i in wanted) for i, t in enumerate((x, low, high, *gates))
             ]
@@ -259,7 +266,16 @@ def test_mixture_without_biases_and_with_some_gradients_only():
             y = spectral_mix(a, b, None, c, None, *d, backend=backend)
             results.append(torch.autograd.grad(y.sum(), [leaves[i] for i in sorted(wanted)]))
         for value, truth in zip(*results, strict=True):
-            assert_close(value, truth, 1e-12, str(wanted))
+            assert_close(value, truth, bound, str(wanted))
+
+
+def test_where_the_stage_is_fused():
+    on = SimpleNamespace
+    gpu = torch.device("cuda")  # named, not used
+    assert haar.fuses_spectral_stage(torch.zeros(1)) is (haar.mix.why_no_cpp() is None)
+    assert haar.fuses_spectral_stage(on(device=gpu, dtype=torch.float16)) is triton_installed()
+    assert not haar.fuses_spectral_stage(on(device=gpu, dtype=torch.float64))
+    assert not haar.fuses_spectral_stage(torch.zeros(1, device="meta"))
 
 
 def test_mixture_says_what_is_wrong():

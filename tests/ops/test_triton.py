@@ -73,7 +73,24 @@ def test_first_stage_through_the_interpreter() -> None:
         "no:warnings",
         "tests/ops/test_haar.py",
         "-k",
-        "test_maxima and float32 or parts or equal or some or special",
+        "not long and (float32 or parts or equal or some or special or strides)",
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+TRITONS = sorted(path for path in (ROOT / "build").glob("triton-*") if path.is_dir())
+
+
+@pytest.mark.skipif(not TRITONS, reason="other Tritons: make triton-versions brings and tests them")
+@pytest.mark.parametrize("folder", TRITONS, ids=lambda folder: folder.name)
+def test_the_other_tritons(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One operator with masks of every kind; all of them: make triton-versions."""
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    done = interpreted("-c", "import triton; print(triton.__version__)")
+    assert done.stdout.strip() == folder.name.removeprefix("triton-")
+    names = "triton-haar and (float32 or layout and channels_last)"
+    done = interpreted(
+        "-m", "pytest", "-x", "-p", "no:warnings", "tests/ops/test_parity.py", "-k", names
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastfusion.ops.triton import Table, Tile, blocks, launch, meta, strides, tuned
 
-SALIENCY = Table("coordinate saliency", {"": {"": Tile({"BLOCK_C": 32, "BLOCK_N": 32}, warps=4)}})
+SALIENCY = Table("coordinate saliency", {"": {"": Tile({"BLOCK_C": 16, "BLOCK_N": 32}, warps=4)}})
 SELECTION = Table("coordinate selection", {"": {"": Tile({"BLOCK_M": 64, "BLOCK_N": 32}, warps=4)}})
 SWEEP = Table("coordinate sweep", {"": {"": Tile({"BLOCK_C": 16, "BLOCK_N": 64}, warps=4)}})
 #: The ranking is in double by contract.

@@ -450,7 +450,7 @@ def mix_weight_bwd_kernel(
     line = ((image * chunks + chunk) * parts + part) * outputs + n
     there = (n < outputs)[:, None] & (k < inputs)[None, :]
     tl.store(weight_partial + line[:, None] * inputs + k[None, :], total, mask=there)
-    tl.store(bias_partial + line, shift, mask=(n < outputs) & first)
+    tl.store(bias_partial + line, shift, mask=n < tl.where(first, outputs, 0))
 
 
 # -- attention over scales ---------------------------------------------------------------------

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastfusion.ops import checks
 from fastfusion.ops.haar import reference
-from fastfusion.ops.operator import Operator, image_like
+from fastfusion.ops.operator import Operator, image_like, triton_installed
 
 # Sums of four and a halving each: 4 outputs of (3 additions + 1 product) a 2x2 block.
 _FLOPS_A_BLOCK = 16
@@ -85,10 +86,9 @@ mix = Operator(
 )
 for _operator in (dwt, idwt, split, maxima, mix):
     _operator.add_cpp()
+    _operator.add_triton("fastfusion.ops.haar.kernels")
 for _operator in (dwt, idwt, split):
     _operator.add_cuda()
-for _operator in (dwt, idwt, split, maxima):
-    _operator.add_triton("fastfusion.ops.haar.kernels")
 
 
 def haar_dwt2d(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -276,6 +276,8 @@ def _check_filters(
 def fuses_spectral_stage(x: Tensor) -> bool:
     """Whether there are kernels that compute the bands in passing, for maxima and for mixture:
     without them it is faster to store the bands and use them twice."""
+    if x.device.type == "cuda":
+        return x.dtype != torch.float64 and _has_triton()
     return x.device.type == "cpu" and _has_kernels()
 
 
@@ -283,8 +285,13 @@ def _has_kernels() -> bool:
     return maxima.why_no_cpp() is None and mix.why_no_cpp() is None
 
 
+def _has_triton() -> bool:
+    return triton_installed()
+
+
 # What torch.compiler.assume_constant_result does, without bringing in the compiler at import.
-_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _constant in (_has_kernels, _has_triton):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 __all__ = ["haar_dwt2d", "haar_idwt2d", "haar_split2d"]

@@ -12,6 +12,11 @@ once (its neighbours in the row come from the first-level cache). Of both bands'
 extremes leave the program: the GELU falls and then rises, so its maximum is that of the largest or
 the smallest response, and no erf is computed for a pixel. Neither band is ever in memory. Backward
 searches again, then writes the gradient of the image once.
+
+**The mixture** walks the same strips and writes the weighted sum of both bands behind their GELUs.
+Backward walks once more, sums what filters, biases and gates get in registers and writes what flows
+to the two responses, in float32; a second pass gathers those into the gradient of the image. The
+sums of the strips are added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from fastfusion.ops.triton import (
     Tile,
     alike,
     blocks,
+    both,
     gelu,
     gelu_slope,
     launch,
@@ -46,7 +52,10 @@ _TILES = {
 ANALYSIS = Table("haar analysis", _TILES)
 SYNTHESIS = Table("haar synthesis", _TILES)
 SPLIT = Table("haar split", _TILES)
-SPLIT_BACKWARD = Table("haar split backward", _TILES)
+SPLIT_BACKWARD = Table(
+    "haar split backward",
+    {**_TILES, "narrow": {"": Tile({"BLOCK_SLOW": 16, "BLOCK_FAST": 16}, warps=4)}},
+)
 SPREAD = Table("spectral maxima spread", _TILES)
 # The interpreter's time goes by programs: few, but more than one along each dimension.
 _INTERPRETED_SEARCH = Tile({"BLOCK_ROWS": 4, "BLOCK_W": 256, "BLOCK_C": 16})
@@ -64,6 +73,26 @@ SEARCH = Table(
     },
 )
 FINISH = Tile({"BLOCK": 64}, warps=1)
+# A pixel of the mixture costs two GELUs: one block of pixels for a thread leaves room for them.
+_MIX = {
+    "contiguous": {
+        "": Tile({"BLOCK_ROWS": 16, "BLOCK_W": 128, "BLOCK_C": 1}, warps=4),
+        "cpu": _INTERPRETED_SEARCH,
+    },
+    "channels_last": {
+        "": Tile({"BLOCK_ROWS": 16, "BLOCK_W": 4, "BLOCK_C": 32}, warps=4),
+        "cpu": _INTERPRETED_SEARCH,
+    },
+}
+MIX = Table("spectral mix", _MIX)
+MIX_BACKWARD = Table("spectral mix backward", _MIX)
+GATHER = Table(
+    "spectral mix gather",
+    {
+        "wide": {"": Tile({"BLOCK_SLOW": 2, "BLOCK_FAST": 64}, warps=4)},
+        "narrow": {"": Tile({"BLOCK_SLOW": 8, "BLOCK_FAST": 16}, warps=4)},
+    },
+)
 
 
 @triton.jit
@@ -90,7 +119,7 @@ def _tile(
     plane = pid % planes
     image = pid // planes
     if LAST:
-        return image, fast, plane, slow, slow, (fast < channels) & (plane < rows)
+        return image, fast, plane, slow, slow, both(fast < channels, plane < rows)
     else:
         pixels = 2 * first + tl.arange(0, 2 * BLOCK_FAST)[None, :]
         return image, plane, slow, fast, pixels, slow < rows
@@ -131,7 +160,7 @@ def _load_blocks(
     """The pixels a, b, c, d of each block; outside the image the last row and column, or 0."""
     upper = x + 2 * row * stride_h
     a, b = _load(upper, stride_w, column, pixels, columns, inside, LAST)
-    below = inside & (2 * row + 1 < rows)
+    below = both(inside, 2 * row + 1 < rows)
     c, d = _load(upper + stride_h, stride_w, column, pixels, columns, below, LAST)
     if REPEAT:
         c = tl.where(2 * row + 1 < rows, c, a)
@@ -148,7 +177,7 @@ def _store_blocks(
 ):  # fmt: skip
     upper = x + 2 * row * stride_h
     _store(upper, stride_w, column, pixels, columns, inside, a, b, LAST)
-    below = inside & (2 * row + 1 < rows)
+    below = both(inside, 2 * row + 1 < rows)
     _store(upper + stride_h, stride_w, column, pixels, columns, below, c, d, LAST)
 
 
@@ -309,8 +338,8 @@ def _six(x, column, columns, stride_w, inside):
 @triton.jit
 def _bands(x, row, column, rows, columns, stride_h, stride_w, inside):
     """Low and high at pixels 2*column - 1 ... 2*column + 2 of both rows of a row of blocks."""
-    there = inside & (row >= 0) & (2 * row < rows)
-    below = there & (2 * row + 1 < rows)
+    there = both(inside, (row >= 0) & (2 * row < rows))
+    below = both(there, 2 * row + 1 < rows)
     upper = x + 2 * row * stride_h
     u0, u1, u2, u3, u4, u5 = _six(upper, column, columns, stride_w, there)
     d0, d1, d2, d3, d4, d5 = _six(upper + stride_h, column, columns, stride_w, below)
@@ -593,7 +622,7 @@ def spectral_maxima_spread_kernel(
     high_row, high_column = high_place // columns, high_place % columns
     r, c = 2 * row, 2 * column
     right = inside & (c + 1 < columns)
-    below = inside & (r + 1 < rows)
+    below = both(inside, r + 1 < rows)
     corner = right & below
     la = _flow_to(low_weight, low_flow, low_row, low_column, channel, r, c, inside)
     lb = _flow_to(low_weight, low_flow, low_row, low_column, channel, r, c + 1, right)
@@ -603,6 +632,248 @@ def spectral_maxima_spread_kernel(
     hb = _flow_to(high_weight, high_flow, high_row, high_column, channel, r, c + 1, right)
     hc = _flow_to(high_weight, high_flow, high_row, high_column, channel, r + 1, c, below)
     hd = _flow_to(high_weight, high_flow, high_row, high_column, channel, r + 1, c + 1, corner)
+    share = (((la - ha) + (lb - hb)) + ((lc - hc) + (ld - hd))) * 0.25
+    a, b, c, d = _folded(share, share, share, share, row, column, rows, columns)
+    grad_x += image * x_b + channel * x_c
+    _store_blocks(
+        grad_x, x_h, x_w, row, column, pixels, rows, columns, inside,
+        a + ha, b + hb, c + hc, d + hd, LAST,
+    )  # fmt: skip
+
+
+# -- the mixture of both bands -----------------------------------------------------------------
+
+
+@triton.jit
+def _strip(
+    channels, columns, strips, chunks,
+    LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program's strip: image, channels, first row and columns of blocks, the pixels' columns."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk = pid % chunks
+    pid = pid // chunks
+    groups = tl.cdiv(channels, BLOCK_C)
+    channel = (pid % groups) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_column = (chunk % strips) * BLOCK_W
+    column = first_column + tl.arange(0, BLOCK_W)
+    pixels = 2 * first_column + tl.arange(0, 2 * BLOCK_W)[None, :]
+    first_row = (chunk // strips) * BLOCK_ROWS
+    if LAST:
+        return pid // groups, chunk, channel[None, :], first_row, column[:, None], pixels
+    else:
+        return pid // groups, chunk, channel[:, None], first_row, column[None, :], pixels
+
+
+@triton.jit
+def _gates_of(low_gate, high_gate, image, channel, channels):
+    there = channel < channels
+    slot = image * channels + channel
+    low = tl.load(low_gate + slot, mask=there, other=0.0).to(tl.float32)
+    return low, tl.load(high_gate + slot, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _mixed(l_up, l_mid, l_down, h_up, h_mid, h_down, J: tl.constexpr, lw, lb, hw, hb, lg, hg):
+    """The mixture at the pixel in column J of the middle row."""
+    low = gelu(_response(l_up, l_mid, l_down, J, lw, lb))
+    return lg * low + hg * gelu(_response(h_up, h_mid, h_down, J, hw, hb))
+
+
+@triton.jit
+def spectral_mix_fwd_kernel(
+    x, low_weight, low_bias, high_weight, high_bias, low_gate, high_gate, y,
+    x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
+    channels, rows, columns, strips, chunks,
+    LAST: tl.constexpr, BIASED_LOW: tl.constexpr, BIASED_HIGH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The weighted sum of both bands in one strip of blocks."""
+    image, _, channel, first_row, column, pixels = _strip(
+        channels, columns, strips, chunks, LAST, BLOCK_ROWS, BLOCK_W, BLOCK_C
+    )
+    inside = channel < channels
+    lw, lb = _filter_of(low_weight, low_bias, channel, channels, BIASED_LOW)
+    hw, hb = _filter_of(high_weight, high_bias, channel, channels, BIASED_HIGH)
+    lg, hg = _gates_of(low_gate, high_gate, image, channel, channels)
+    x += image * x_b + channel * x_c
+    y += image * y_b + channel * y_c
+    _, _, l_up, h_up = _bands(x, first_row - 1, column, rows, columns, x_h, x_w, inside)
+    l_0, h_0, l_1, h_1 = _bands(x, first_row, column, rows, columns, x_h, x_w, inside)
+    for row in range(first_row, tl.minimum(first_row + BLOCK_ROWS, tl.cdiv(rows, 2))):
+        l_2, h_2, l_3, h_3 = _bands(x, row + 1, column, rows, columns, x_h, x_w, inside)
+        a = _mixed(l_up, l_0, l_1, h_up, h_0, h_1, 1, lw, lb, hw, hb, lg, hg)
+        b = _mixed(l_up, l_0, l_1, h_up, h_0, h_1, 2, lw, lb, hw, hb, lg, hg)
+        upper = y + 2 * row * y_h
+        _store(upper, y_w, column, pixels, columns, inside, a, b, LAST)
+        c = _mixed(l_0, l_1, l_2, h_0, h_1, h_2, 1, lw, lb, hw, hb, lg, hg)
+        d = _mixed(l_0, l_1, l_2, h_0, h_1, h_2, 2, lw, lb, hw, hb, lg, hg)
+        below = both(inside, 2 * row + 1 < rows)
+        _store(upper + y_h, y_w, column, pixels, columns, below, c, d, LAST)
+        l_up, h_up = l_1, h_1
+        l_0, h_0 = l_2, h_2
+        l_1, h_1 = l_3, h_3
+
+
+@triton.jit
+def _taps(sums, above, middle, below, J: tl.constexpr, flow):
+    """Add what the filter's nine taps get from the pixel in column J of the middle row."""
+    return (
+        sums[0] + flow * above[J - 1], sums[1] + flow * above[J], sums[2] + flow * above[J + 1],
+        sums[3] + flow * middle[J - 1], sums[4] + flow * middle[J], sums[5] + flow * middle[J + 1],
+        sums[6] + flow * below[J - 1], sums[7] + flow * below[J], sums[8] + flow * below[J + 1],
+        sums[9] + flow,
+    )  # fmt: skip
+
+
+@triton.jit
+def _flow(above, middle, below, J: tl.constexpr, w, bias, gate, grad):
+    """What flows to the response at the pixel in column J, and what the gate gets."""
+    r = _response(above, middle, below, J, w, bias)
+    return grad * gate * gelu_slope(r), grad * gelu(r)
+
+
+@triton.jit
+def _keep_sums(part, sums, gate_sum, slot, there, AXIS: tl.constexpr):
+    """Write a band's sums over the strip: nine taps, the bias, the gate."""
+    for k in tl.static_range(10):
+        tl.store(part + slot + k, tl.sum(sums[k], axis=AXIS), mask=there)
+    tl.store(part + slot + 10, tl.sum(gate_sum, axis=AXIS), mask=there)
+
+
+@triton.jit
+def spectral_mix_bwd_kernel(
+    x, grad, low_weight, low_bias, high_weight, high_bias, low_gate, high_gate,
+    low_flow, high_flow, part,
+    x_b, x_c, x_h, x_w, grad_b, grad_c, grad_h, grad_w, flow_b, flow_c, flow_h, flow_w,
+    channels, rows, columns, strips, chunks,
+    LAST: tl.constexpr, BIASED_LOW: tl.constexpr, BIASED_HIGH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One strip: what flows to both responses, and its part of the sums (B, C, chunks, 2, 11)."""
+    image, chunk, channel, first_row, column, pixels = _strip(
+        channels, columns, strips, chunks, LAST, BLOCK_ROWS, BLOCK_W, BLOCK_C
+    )
+    inside = channel < channels
+    lw, lb = _filter_of(low_weight, low_bias, channel, channels, BIASED_LOW)
+    hw, hb = _filter_of(high_weight, high_bias, channel, channels, BIASED_HIGH)
+    lg, hg = _gates_of(low_gate, high_gate, image, channel, channels)
+    x += image * x_b + channel * x_c
+    grad += image * grad_b + channel * grad_c
+    place = image * flow_b + channel * flow_c
+    low_flow += place
+    high_flow += place
+    _, _, l_up, h_up = _bands(x, first_row - 1, column, rows, columns, x_h, x_w, inside)
+    l_0, h_0, l_1, h_1 = _bands(x, first_row, column, rows, columns, x_h, x_w, inside)
+    AXIS: tl.constexpr = 0 if LAST else 1
+    zero = (column + channel).to(tl.float32) * 0.0
+    l_sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    h_sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    l_gate, h_gate = zero, zero
+    for row in range(first_row, tl.minimum(first_row + BLOCK_ROWS, tl.cdiv(rows, 2))):
+        l_2, h_2, l_3, h_3 = _bands(x, row + 1, column, rows, columns, x_h, x_w, inside)
+        below = both(inside, 2 * row + 1 < rows)
+        upper = grad + 2 * row * grad_h
+        # 0 outside the image, and so is all that flows from there.
+        ga, gb = _load(upper, grad_w, column, pixels, columns, inside, LAST)
+        gc, gd = _load(upper + grad_h, grad_w, column, pixels, columns, below, LAST)
+
+        la, to_a = _flow(l_up, l_0, l_1, 1, lw, lb, lg, ga)
+        lb_, to_b = _flow(l_up, l_0, l_1, 2, lw, lb, lg, gb)
+        lc, to_c = _flow(l_0, l_1, l_2, 1, lw, lb, lg, gc)
+        ld, to_d = _flow(l_0, l_1, l_2, 2, lw, lb, lg, gd)
+        l_gate += (to_a + to_b) + (to_c + to_d)
+        l_sums = _taps(l_sums, l_up, l_0, l_1, 1, la)
+        l_sums = _taps(l_sums, l_up, l_0, l_1, 2, lb_)
+        l_sums = _taps(l_sums, l_0, l_1, l_2, 1, lc)
+        l_sums = _taps(l_sums, l_0, l_1, l_2, 2, ld)
+        to = low_flow + 2 * row * flow_h
+        _store(to, flow_w, column, pixels, columns, inside, la, lb_, LAST)
+        _store(to + flow_h, flow_w, column, pixels, columns, below, lc, ld, LAST)
+
+        ha, to_a = _flow(h_up, h_0, h_1, 1, hw, hb, hg, ga)
+        hb_, to_b = _flow(h_up, h_0, h_1, 2, hw, hb, hg, gb)
+        hc, to_c = _flow(h_0, h_1, h_2, 1, hw, hb, hg, gc)
+        hd, to_d = _flow(h_0, h_1, h_2, 2, hw, hb, hg, gd)
+        h_gate += (to_a + to_b) + (to_c + to_d)
+        h_sums = _taps(h_sums, h_up, h_0, h_1, 1, ha)
+        h_sums = _taps(h_sums, h_up, h_0, h_1, 2, hb_)
+        h_sums = _taps(h_sums, h_0, h_1, h_2, 1, hc)
+        h_sums = _taps(h_sums, h_0, h_1, h_2, 2, hd)
+        to = high_flow + 2 * row * flow_h
+        _store(to, flow_w, column, pixels, columns, inside, ha, hb_, LAST)
+        _store(to + flow_h, flow_w, column, pixels, columns, below, hc, hd, LAST)
+
+        l_up, h_up = l_1, h_1
+        l_0, h_0 = l_2, h_2
+        l_1, h_1 = l_3, h_3
+    channel_ = tl.reshape(channel, (BLOCK_C,))
+    slot = ((image * channels + channel_) * chunks + chunk) * 22
+    there = channel_ < channels
+    _keep_sums(part, l_sums, l_gate, slot, there, AXIS)
+    _keep_sums(part, h_sums, h_gate, slot + 11, there, AXIS)
+
+
+@triton.jit
+def _flow_row(flow, row, column, rows, columns, stride_h, stride_w, inside):
+    """The flow at pixels 2*column - 1 ... 2*column + 2 of a row, 0 outside."""
+    there = both(inside, (row >= 0) & (row < rows))
+    place = flow + row * stride_h + 2 * column * stride_w
+    # A tile may reach beyond the image by more than its neighbours.
+    before = there & (column > 0) & (2 * column - 1 < columns)
+    f0 = tl.load(place - stride_w, mask=before, other=0.0)
+    f1 = tl.load(place, mask=there & (2 * column < columns), other=0.0)
+    f2 = tl.load(place + stride_w, mask=there & (2 * column + 1 < columns), other=0.0)
+    f3 = tl.load(place + 2 * stride_w, mask=there & (2 * column + 2 < columns), other=0.0)
+    return f0, f1, f2, f3
+
+
+@triton.jit
+def _gathered(above, middle, below, J: tl.constexpr, w):
+    """The transpose of :func:`_response` at the pixel in column J of the middle row."""
+    g = above[J - 1] * w[8] + above[J] * w[7] + above[J + 1] * w[6]
+    g += middle[J - 1] * w[5] + middle[J] * w[4] + middle[J + 1] * w[3]
+    return g + below[J - 1] * w[2] + below[J] * w[1] + below[J + 1] * w[0]
+
+
+@triton.jit
+def _band_gradient(
+    flow, weight, channel, channels, row, column, rows, columns, stride_h, stride_w, inside
+):
+    """The gradient of a band at the four pixels of each block, 0 for those outside the image."""
+    w, _ = _filter_of(weight, weight, channel, channels, False)
+    up = _flow_row(flow, 2 * row - 1, column, rows, columns, stride_h, stride_w, inside)
+    upper = _flow_row(flow, 2 * row, column, rows, columns, stride_h, stride_w, inside)
+    lower = _flow_row(flow, 2 * row + 1, column, rows, columns, stride_h, stride_w, inside)
+    down = _flow_row(flow, 2 * row + 2, column, rows, columns, stride_h, stride_w, inside)
+    right, below = 2 * column + 1 < columns, 2 * row + 1 < rows
+    a = _gathered(up, upper, lower, 1, w)
+    b = tl.where(right, _gathered(up, upper, lower, 2, w), 0.0)
+    c = tl.where(below, _gathered(upper, lower, down, 1, w), 0.0)
+    d = tl.where(right & below, _gathered(upper, lower, down, 2, w), 0.0)
+    return a, b, c, d
+
+
+@triton.jit
+def spectral_mix_gather_kernel(
+    low_flow, high_flow, low_weight, high_weight, grad_x,
+    flow_b, flow_c, flow_h, flow_w, x_b, x_c, x_h, x_w,
+    channels, rows, columns,
+    LAST: tl.constexpr, BLOCK_SLOW: tl.constexpr, BLOCK_FAST: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the image from what flows to both responses."""
+    image, channel, row, column, pixels, inside = _tile(
+        channels, tl.cdiv(rows, 2), tl.cdiv(columns, 2), LAST, BLOCK_SLOW, BLOCK_FAST
+    )
+    place = image * flow_b + channel * flow_c
+    la, lb, lc, ld = _band_gradient(
+        low_flow + place, low_weight, channel, channels, row, column, rows, columns,
+        flow_h, flow_w, inside,
+    )  # fmt: skip
+    ha, hb, hc, hd = _band_gradient(
+        high_flow + place, high_weight, channel, channels, row, column, rows, columns,
+        flow_h, flow_w, inside,
+    )  # fmt: skip
     share = (((la - ha) + (lb - hb)) + ((lc - hc) + (ld - hd))) * 0.25
     a, b, c, d = _folded(share, share, share, share, row, column, rows, columns)
     grad_x += image * x_b + channel * x_c
@@ -879,6 +1150,142 @@ def spectral_maxima_backward(
     )
 
 
+def _walk(kernel: Any, x: Tensor, tile: Tile, **arguments: Any) -> None:
+    """Launch over the strips of an image; see :func:`_strips` for their number."""
+    batch, channels, rows, columns = x.shape
+    strips, chunks = _strips(x, tile)
+    launch(
+        kernel,
+        (batch * blocks(channels, tile["BLOCK_C"]) * chunks,),
+        tile,
+        x=x,
+        **arguments,
+        **strides(x, "x_b", "x_c", "x_h", "x_w"),
+        channels=channels,
+        rows=rows,
+        columns=columns,
+        strips=strips,
+        chunks=chunks,
+        LAST=layout_of(x) == torch.channels_last,
+        BIASED_LOW=arguments["low_bias"] is not None,
+        BIASED_HIGH=arguments["high_bias"] is not None,
+    )
+
+
+def _strips(x: Tensor, tile: Tile) -> tuple[int, int]:
+    """How many strips lie side by side, and how many there are in a plane."""
+    rows, columns = x.shape[2:]
+    strips = blocks(_half(columns), tile["BLOCK_W"])
+    return strips, strips * blocks(_half(rows), tile["BLOCK_ROWS"])
+
+
+def _layout_class(x: Tensor) -> str:
+    return "channels_last" if layout_of(x) == torch.channels_last else "contiguous"
+
+
+def spectral_mix(
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+    low_gate: Tensor,
+    high_gate: Tensor,
+) -> Tensor:
+    """See ``reference.py``."""
+    y = image_like(x)
+    parameters = {
+        "low_weight": low_weight.contiguous(),
+        "low_bias": _dense(low_bias),
+        "high_weight": high_weight.contiguous(),
+        "high_bias": _dense(high_bias),
+        "low_gate": low_gate.contiguous(),
+        "high_gate": high_gate.contiguous(),
+    }
+
+    def run(tile: Tile) -> None:
+        to = strides(y, "y_b", "y_c", "y_h", "y_w")
+        _walk(spectral_mix_fwd_kernel, x, tile, y=y, **parameters, **to)
+
+    tuned(MIX, _layout_class(x), x, run)
+    return y
+
+
+def spectral_mix_backward(
+    grad: Tensor,
+    x: Tensor,
+    low_weight: Tensor,
+    low_bias: Tensor | None,
+    high_weight: Tensor,
+    high_bias: Tensor | None,
+    low_gate: Tensor,
+    high_gate: Tensor,
+    mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of the image, the filters, their biases and the gates."""
+    batch, channels = x.shape[:2]
+    low_flow, high_flow = (
+        torch.empty(x.shape, dtype=torch.float32, device=x.device, memory_format=layout_of(x))
+        for _ in range(2)
+    )
+    parameters = {
+        "low_weight": low_weight.contiguous(),
+        "low_bias": _dense(low_bias),
+        "high_weight": high_weight.contiguous(),
+        "high_bias": _dense(high_bias),
+        "low_gate": low_gate.contiguous(),
+        "high_gate": high_gate.contiguous(),
+    }
+
+    def run(tile: Tile) -> Tensor:
+        shape = (batch, channels, _strips(x, tile)[1], 2, 11)
+        part = torch.empty(shape, dtype=torch.float32, device=x.device)
+        _walk(
+            spectral_mix_bwd_kernel,
+            x,
+            tile,
+            grad=grad,
+            low_flow=low_flow,
+            high_flow=high_flow,
+            part=part,
+            **parameters,
+            **strides(grad, "grad_b", "grad_c", "grad_h", "grad_w"),
+            **strides(low_flow, "flow_b", "flow_c", "flow_h", "flow_w"),
+        )
+        return part
+
+    sums = tuned(MIX_BACKWARD, _layout_class(x), x, run).sum(dim=2)
+    grad_x = x.new_empty(0)
+    if mask[0]:
+        grad_x = image_like(x)
+        _sweep(
+            spectral_mix_gather_kernel,
+            GATHER,
+            grad_x,
+            x.shape,
+            low_flow=low_flow,
+            high_flow=high_flow,
+            low_weight=parameters["low_weight"],
+            high_weight=parameters["high_weight"],
+            grad_x=grad_x,
+            **strides(low_flow, "flow_b", "flow_c", "flow_h", "flow_w"),
+            **strides(grad_x, "x_b", "x_c", "x_h", "x_w"),
+        )
+    filters = sums[..., :10].sum(dim=0)
+    found = [
+        filters[:, 0, :9].reshape(low_weight.shape),
+        filters[:, 0, 9],
+        filters[:, 1, :9].reshape(high_weight.shape),
+        filters[:, 1, 9],
+        sums[:, :, 0, 10],
+        sums[:, :, 1, 10],
+    ]
+    return grad_x, *(
+        torch.empty_like(value, dtype=x.dtype).copy_(value) if wanted else x.new_empty(0)
+        for value, wanted in zip(found, mask[1:], strict=True)
+    )
+
+
 # -- what is compiled without a GPU ------------------------------------------------------------
 
 
@@ -895,6 +1302,9 @@ def _examples(x: Tensor) -> None:
     spectral_maxima(x, weight, bias, weight, bias)
     maxima = meta(x.shape[0], 2 * channels, dtype=x.dtype)
     spectral_maxima_backward(maxima, x, weight, bias, weight, bias, [True] * 5)
+    gate = meta(x.shape[0], channels, dtype=x.dtype)
+    spectral_mix(x, weight, bias, weight, bias, gate, gate)
+    spectral_mix_backward(x, x, weight, bias, weight, bias, gate, gate, [True] * 7)
 
 
 EXAMPLES = {
