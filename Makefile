@@ -30,6 +30,7 @@ help:
 	@echo "make triton-gate  the Triton kernels compiled for every architecture (make test: sm_90)"
 	@echo "make triton-versions  the Triton kernels' parity and compilation with the oldest and newest Triton"
 	@echo "make triton-sanitize  their parity while every address is checked"
+	@echo "make cuda-gate the CUDA kernels compiled for every architecture (make test: sm_90); needs nvcc"
 	@echo "make cuda-sanitize  the CUDA kernels' parity on the CPU, under the address sanitizer, threads in every order"
 	@echo "make wheel     one audited wheel for every Python and torch, in dist/"
 	@echo "make wheel-test  install it into fresh environments (WHEEL_TESTS) and test it there"
@@ -131,7 +132,10 @@ triton-versions: $(VENV)/dev.done
 triton-sanitize: $(VENV)/dev.done
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:warnings -p tests.ops.bounds tests/ops/test_parity.py -k "triton and (float32 or layout)"
 
-.PHONY: cuda-sanitize
+.PHONY: cuda-gate cuda-sanitize
+cuda-gate: $(VENV)/dev.done
+	FASTFUSION_CUDA_GATE=all $(BIN)/python -m pytest tests/ops/test_build_cuda.py
+
 cuda-sanitize: $(VENV)/dev.done
 	$(BIN)/python -m tests.cuda_on_cpu.sanitize
 

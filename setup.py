@@ -1,8 +1,11 @@
 """Builds the compiled kernels, where that is possible; all else is in pyproject.toml.
 
-``FASTFUSION_CPP=0`` leaves them out, ``FASTFUSION_CPP=1`` makes it an error when they cannot be
-built. By default the package is then installed without them, with a note that says why.
-``FASTFUSION_PORTABLE=1`` links them for older systems too (csrc/release.py, for a wheel).
+``FASTFUSION_CPP=0`` leaves the CPU kernels out, ``FASTFUSION_CPP=1`` makes it an error when they
+cannot be built; ``FASTFUSION_CUDA`` says the same of the CUDA kernels. By default the package is
+installed without what cannot be built, with a note that says why, and the CUDA kernels, which take
+minutes to compile, are built where nvcc is and torch is one with CUDA; ``FASTFUSION_CUDA=1`` builds
+them beside any torch, for machines other than this. ``FASTFUSION_PORTABLE=1`` links them for older
+systems too (csrc/release.py, for a wheel).
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
-from build import CannotBuild, build
+from build import CannotBuild, build, find_torch, torch_cuda
 
-KERNELS = "_C_cpu"
-NOTE = f"{KERNELS}.why_not.txt"  # fastfusion/native.py shows it
+#: The libraries, and the variable that asks for each; fastfusion/native.py shows their notes.
+KERNELS = {"_C_cpu": "FASTFUSION_CPP", "_C_cuda": "FASTFUSION_CUDA"}
 
 
 class BuildKernels(build_ext):
@@ -26,24 +29,34 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
-        note = library.parent / NOTE
+        name = ext.name.rpartition(".")[2]
+        note = library.parent / f"{name}.why_not.txt"
         library.parent.mkdir(parents=True, exist_ok=True)
         library.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
-        wish = os.environ.get("FASTFUSION_CPP", "")
+        variable, cuda = KERNELS[name], name == "_C_cuda"
+        wish = os.environ.get(variable, "")
         try:
             if wish == "0":
-                raise CannotBuild("FASTFUSION_CPP=0 was set when fastfusion was installed")
+                raise CannotBuild(f"{variable}=0 was set when fastfusion was installed")
+            torch = find_torch()
+            if cuda and wish != "1" and torch is not None and torch_cuda(torch) is None:
+                raise CannotBuild(
+                    "the torch that fastfusion was installed beside has no CUDA "
+                    "(FASTFUSION_CUDA=1 builds the kernels nevertheless)"
+                )
             built = build(
                 library.parent,
-                objects=Path(self.build_temp) / KERNELS,
+                cuda=cuda,
+                objects=Path(self.build_temp) / name,
                 portable=os.environ.get("FASTFUSION_PORTABLE") == "1",
             )
             assert built == library.resolve(), (built, library)
+            print(f"fastfusion is built with {built.name}", file=sys.stderr)
         except CannotBuild as error:
             if wish == "1":
-                raise SystemExit(f"FASTFUSION_CPP=1, but {error}") from error
-            print(f"fastfusion is built without its C++ kernels: {error}", file=sys.stderr)
+                raise SystemExit(f"{variable}=1, but {error}") from error
+            print(f"fastfusion is built without {name}: {error}", file=sys.stderr)
             note.write_text(f"{error}\n")
 
     def copy_extensions_to_source(self) -> None:
@@ -58,7 +71,8 @@ class BuildKernels(build_ext):
 
 setup(
     ext_modules=[
-        Extension(f"fastfusion.{KERNELS}", sources=[], py_limited_api=True, optional=True)
+        Extension(f"fastfusion.{name}", sources=[], py_limited_api=True, optional=True)
+        for name in KERNELS
     ],
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

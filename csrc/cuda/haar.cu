@@ -188,8 +188,8 @@ __global__ void haar_split_bwd_kernel(View<const T> grad_low, View<const T> grad
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const Quad &l = low[i], &h = high[i];
-    const float share = (((l.a - h.a) + (l.b - h.b)) + ((l.c - h.c) + (l.d - h.d))) * 0.25f;
-    shares[i] = {share, share, share, share};
+    shares[i].a = (((l.a - h.a) + (l.b - h.b)) + ((l.c - h.c) + (l.d - h.d))) * 0.25f;
+    shares[i].b = shares[i].c = shares[i].d = shares[i].a;
   }
   fold(blocks, shares);
 #pragma unroll

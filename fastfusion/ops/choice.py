@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 #: For architectures that have no entry of their own.
 ANY = "any"
@@ -33,20 +34,38 @@ class Choice:
 
 
 _MEMORY = "both wait for memory; no Python lies on the way to the launch"
+_LAUNCH = "both take three launches, which are all it costs; no Python lies on the way to these"
+_WINDOW = "a window of 8 rows in registers: a load serves 8 sums, in Triton one"
 
 #: operator -> shape class -> architecture -> choice.
 TABLE: dict[str, dict[str, dict[str, Choice]]] = {
     name: {"all": {ANY: Choice("cuda", _MEMORY)}}
     for name in ("haar_dwt2d", "haar_idwt2d", "haar_split2d")
 }
+TABLE["coordinate_mixing"] = {"all": {ANY: Choice("cuda", _LAUNCH)}}
+TABLE["depthwise_conv2d"] = {
+    "direct": {ANY: Choice("cuda", _WINDOW)},
+    "band": {
+        ANY: Choice("triton", "a row of taps is a matrix product there, several times the FMA rate")
+    },
+}
+TABLE["large_kernel_attention"] = {"all": {ANY: Choice("cuda", _WINDOW)}}
+TABLE["multiscale_attention"] = {"all": {ANY: Choice("cuda", _WINDOW)}}
 
 
 def _everything(*args: Any) -> str:
     return "all"
 
 
+def _depthwise(x: Tensor, weight: Tensor, *rest: Any) -> str:
+    """Where the Triton kernel computes by matrix units ("band"), and where tap by tap."""
+    pays_from = 13 if x.dtype == torch.float32 else 5
+    planar = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return "band" if planar and min(weight.shape[-2:]) >= pays_from else "direct"
+
+
 #: The shape class of a call, for the operators that have more than one.
-SHAPE_CLASSES: dict[str, Callable[..., str]] = {}
+SHAPE_CLASSES: dict[str, Callable[..., str]] = {"depthwise_conv2d": _depthwise}
 
 
 def choose(operator: str, *args: Any) -> Choice:

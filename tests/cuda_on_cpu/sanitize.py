@@ -30,6 +30,7 @@ def main() -> None:
         **os.environ,
         "CUDA_ON_CPU_BUILD": str(sanitized),
         "CUDA_ON_CPU_FLAGS": FLAGS,
+        "CUDA_ON_CPU_IN_FULL": "1",
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",

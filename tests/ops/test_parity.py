@@ -23,6 +23,7 @@ from tests.ops.cases import CASES, FIRST, Case
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "expanded", "offset")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA_ON_CPU = "tests.cuda_on_cpu.library" in sys.modules
+CUDA_IN_FULL = os.environ.get("CUDA_ON_CPU_IN_FULL") == "1"
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -105,20 +106,21 @@ def pairs(
 ) -> pytest.MarkDecorator:
     """Each case on each backend that is written for its operator.
 
-    Triton's interpreter, which takes milliseconds for an instruction, gets the cases of at most
-    ``interpreted`` elements.
+    Triton's interpreter, which takes milliseconds for an instruction, and (but for ``make
+    cuda-sanitize``) the CUDA kernels on the CPU get the cases of at most ``interpreted`` elements.
     """
     left_out = {
         "" if reference else "reference",
         "" if INTERPRETED else "triton",
         "" if CUDA_ON_CPU else "cuda",
     }
+    slow = ("triton",) if CUDA_IN_FULL else ("triton", "cuda")
     found = [
         pytest.param(backend, case, id=f"{backend}-{case}")
         for backend in BACKENDS
         for case in cases
         if backend in OPERATORS[case.operator].backends and backend not in left_out
-        if backend != "triton" or interpreted is None or case.elements <= interpreted
+        if backend not in slow or interpreted is None or case.elements <= interpreted
     ]
     return pytest.mark.parametrize(("backend", "case"), found)
 

@@ -24,6 +24,7 @@ mixing = Operator(
     autocast="widest",
 )
 mixing.add_cpp()
+mixing.add_cuda()
 mixing.add_triton("fastfusion.ops.coordinate_mixing.kernels")
 
 

@@ -122,6 +122,14 @@ def _torch_is_faster(
 depthwise.add_cpp(declines=_torch_is_faster)
 attention.add_cpp()
 multiscale.add_cpp()
+depthwise.add_cuda()
+attention.add_cuda()
+# The scales' sizes go to the kernel as arguments of fixed number.
+multiscale.add_cuda(
+    why_not=lambda x, weight, bias, sizes: (
+        None if len(sizes) <= 16 else f"its kernel takes at most 8 filters, got {len(sizes) // 2}"
+    )
+)
 for _operator in (depthwise, attention, multiscale):
     _operator.add_triton("fastfusion.ops.depthwise.kernels")
 depthwise.backends["cpp"] = transform.where_faster(depthwise.backends["cpp"])
