@@ -103,9 +103,21 @@ def figures(source: Path, architecture: str) -> list[Figures]:
     return parsed(done.stderr, architecture)
 
 
-def table() -> list[str]:
+def section() -> list[str]:
     """The lines of the page: a kernel a row, over all its instances."""
-    lines = [f"| kernel | instances | {' | '.join(ARCHITECTURES)} |"]
+    lines = [
+        "# CUDA kernels, as compiled",
+        "",
+        "Written by `make kernels` too, with nvcc and without a GPU, warnings as errors. A kernel",
+        "has an instance for each element type, layout and size that it is a template over. Each",
+        "cell is `the fewest to the most registers of a thread / bytes of shared memory of a",
+        "block`, over all of them; a third figure, in bold, would be bytes spilled, which tests",
+        "refuse.",
+        "",
+    ]
+    if _build_script().find_nvcc() is None:
+        return [*lines, "nvcc was not there when this page was written.", ""]
+    lines += [f"| kernel | instances | {' | '.join(ARCHITECTURES)} |"]
     lines += ["|---" * (2 + len(ARCHITECTURES)) + "|"]
     for source in SOURCES:
         found = {a: figures(source, a) for a in ARCHITECTURES}
@@ -118,4 +130,4 @@ def table() -> list[str]:
                 spilled = max(row.spilled for row in rows)
                 cells.append(f"{cell} / **{spilled}**" if spilled else cell)
             lines.append("| " + " | ".join([f"`{kernel}`", str(len(rows)), *cells]) + " |")
-    return lines
+    return [*lines, ""]

@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cuda_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -188,7 +190,7 @@ def document() -> str:
             columns = [found[a].cell() if a in found else "-" for a in ARCHITECTURES]
             lines.append("| " + " | ".join([*key, *columns]) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *cuda_kernels.section()])
 
 
 def _columns() -> str:

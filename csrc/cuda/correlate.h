@@ -74,7 +74,8 @@ __device__ void correlate(const View<const T>& x, const Filter<W>& filter, const
   const int64_t row_step = filter.row_dilation * x.row;
 #pragma unroll
   for (int i = 0; i < R; ++i) sum[i] = 0;
-#pragma unroll
+  // Larger filters column by column: unrolled, the compiler would load them all at once and spill.
+#pragma unroll(K == 3 ? 3 : 1)
   for (int q = 0; q < kw; ++q) {
     const int from_column = column + (q - kw / 2) * filter.column_dilation;
     const bool seen = from_column >= 0 && from_column < columns;

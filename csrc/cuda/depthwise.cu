@@ -20,7 +20,7 @@ constexpr int kChunkRows = 32;  // of the image, whose products one block adds u
 
 // y = act(filter(x)) + plus; with SLOPE y = grad * act'(filter(x)).
 template <typename In, typename W, typename Out, int K, bool LAST, bool SLOPE>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     depthwise_kernel(View<const In> x, Filter<W> filter, Activation activation, View<const W> grad,
                      View<const float> plus, View<Out> y, Shape image, Shape units) {
   const Place at = place<LAST>(units);
@@ -53,7 +53,7 @@ struct WeightSums {
 // The sums over a chunk, for each channel: kh x kw taps, then the gradient itself (the bias).
 // `partial` is (chunks, C, kh * kw + 1).
 template <typename T, typename G, int P, bool LAST>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     depthwise_weight_bwd_kernel(View<const T> x, View<const G> grad, float* partial, Shape image,
                                 int kh, int kw, int row_dilation, int column_dilation) {
   const int lane = threadIdx.x, warp = threadIdx.y;
@@ -151,7 +151,7 @@ __global__ void depthwise_reduce_bwd_kernel(const float* partial, int64_t chunks
 
 // y = x * (attention + bias), or with `grad` its gradients: that of x and that of the attention.
 template <typename T, bool LAST>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     attend_kernel(View<const T> x, View<const float> attention, const T* bias, View<const T> grad,
                   View<T> y, View<float> grad_x, View<float> grad_attention, Shape image) {
   const Place at = place<LAST>(image);
@@ -187,7 +187,7 @@ __device__ Filter<T> scale_of(const Filter<T>& packed, const Scales& scales, int
 // Several filters of one image, weighted by the softmax over their responses, which runs along.
 // With `grad` what is written is the gradient of each response, (S, B, C, H, W).
 template <typename T, bool LAST, bool BACKWARD>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     multiscale_kernel(View<const T> x, Filter<T> packed, Scales scales, View<const T> grad,
                       View<T> y, View<float> grad_response, int64_t response_step, Shape image,
                       Shape units) {

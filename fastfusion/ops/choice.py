@@ -42,6 +42,12 @@ TABLE: dict[str, dict[str, dict[str, Choice]]] = {
     name: {"all": {ANY: Choice("cuda", _MEMORY)}}
     for name in ("haar_dwt2d", "haar_idwt2d", "haar_split2d")
 }
+TABLE["spectral_maxima"] = {
+    "all": {
+        ANY: Choice("cuda", "neighbours by shuffles: a pixel is loaded once, in Triton 3 times")
+    }
+}
+TABLE["spectral_mix"] = TABLE["spectral_maxima"]
 TABLE["coordinate_mixing"] = {"all": {ANY: Choice("cuda", _LAUNCH)}}
 TABLE["depthwise_conv2d"] = {
     "direct": {ANY: Choice("cuda", _WINDOW)},

@@ -25,23 +25,35 @@ NAMES = sorted(name for name, operator in OPERATORS.items() if "cuda" in operato
 needs_compiler = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
 
 
-@needs_compiler
-@pytest.mark.timeout(900)  # the kernels are compiled first
-def test_parity_on_the_host_runtime() -> None:
+def on_the_host_runtime(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_ON_CPU_ORDER": "random"}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-x", "-p", "no:warnings"),
-            *("-p", "tests.cuda_on_cpu.library", "tests/ops/test_parity.py"),
-            *("-k", "cuda and not threads"),
-        ],
+    pytest_ = [sys.executable, "-m", "pytest", "-x", "-p", "no:warnings"]
+    return subprocess.run(
+        [*pytest_, "-p", "tests.cuda_on_cpu.library", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
     )
+
+
+@needs_compiler
+@pytest.mark.timeout(900)  # the kernels are compiled first
+def test_parity_on_the_host_runtime() -> None:
+    done = on_the_host_runtime("tests/ops/test_parity.py", "-k", "cuda and not threads")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "100%" in done.stdout
+
+
+@needs_compiler
+@pytest.mark.timeout(900)
+def test_the_first_stage_on_the_host_runtime() -> None:
+    done = on_the_host_runtime(
+        "tests/ops/test_haar.py",
+        "-k",
+        "(test_maxima or test_mixture) and float32 or parts or equal or maxima_without or special",
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def test_the_table_names_each_operator_that_has_both_backends() -> None:

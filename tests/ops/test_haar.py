@@ -1,11 +1,13 @@
 """The Haar kernels where the shared matrix does not reach, and SpeCAM's first stage.
 
-Of the kernels those in C++ are tested, and under TRITON_INTERPRET=1 those in Triton instead.
+Of the kernels those in C++ are tested, and under TRITON_INTERPRET=1 those in Triton instead, with
+``-p tests.cuda_on_cpu.library`` those in CUDA.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,13 +23,17 @@ from tests.closeness import assert_close, relative_error
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = "triton" if INTERPRETED else "cpp"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, *([] if INTERPRETED else [torch.float64]))
+CUDA_ON_CPU = "tests.cuda_on_cpu.library" in sys.modules
+KERNELS = "triton" if INTERPRETED else "cuda" if CUDA_ON_CPU else "cpp"
+DTYPES = (
+    *(torch.float32, torch.float16, torch.bfloat16),
+    *([torch.float64] if KERNELS == "cpp" else []),
+)
 
 
 @pytest.fixture(autouse=True)
 def _compiled():
-    reason = None if INTERPRETED else OPERATORS["haar_dwt2d"].why_no_cpp()
+    reason = None if KERNELS != "cpp" else OPERATORS["haar_dwt2d"].why_no_cpp()
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
 
@@ -166,7 +172,7 @@ def test_maxima_without_biases_and_with_some_gradients_only():
             assert_close(value, truth, 1e-6, str(wanted))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no float64 in Triton")
+@pytest.mark.skipif(KERNELS != "cpp", reason="no float64 on a GPU")
 def test_maxima_pass_gradcheck():
     tensors = [value.requires_grad_() for value in stage((1, 2, 4, 5))]
     assert torch.autograd.gradcheck(lambda *t: spectral_maxima(*t, backend=KERNELS), tensors)
@@ -227,7 +233,7 @@ def test_mixture_of_any_strides():
     wide[..., ::2] = tensors[0]
     sliced = torch.full((2, 9, 10, 7), float("nan"), dtype=torch.float64)
     sliced[..., :6] = tensors[0].permute(0, 2, 3, 1)
-    dtype, bound = (torch.float32, 2e-6) if INTERPRETED else (torch.float64, 1e-12)
+    dtype, bound = (torch.float32, 2e-6) if KERNELS != "cpp" else (torch.float64, 1e-12)
     parameters = [value.to(dtype) for value in tensors[1:]]
     for x in (wide[..., ::2], sliced[..., :6].permute(0, 3, 1, 2), tensors[0].mT.clone().mT):
         found = spectral_mix(x.to(dtype), *parameters, backend=KERNELS)
@@ -254,7 +260,7 @@ def test_mixture_passes_gradcheck_and_opcheck():
 
 
 def test_mixture_without_biases_and_with_some_gradients_only():
-    dtype, bound = (torch.float32, 1e-5) if INTERPRETED else (torch.float64, 1e-12)
+    dtype, bound = (torch.float32, 1e-5) if KERNELS != "cpp" else (torch.float64, 1e-12)
     x, low, _, high, _, *gates = (value.to(dtype) for value in gated((2, 4, 6, 6)))
     for wanted in ({0}, {1}, {2}, {3}, {0, 2}):
         results = []

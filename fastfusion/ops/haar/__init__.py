@@ -86,9 +86,8 @@ mix = Operator(
 )
 for _operator in (dwt, idwt, split, maxima, mix):
     _operator.add_cpp()
-    _operator.add_triton("fastfusion.ops.haar.kernels")
-for _operator in (dwt, idwt, split):
     _operator.add_cuda()
+    _operator.add_triton("fastfusion.ops.haar.kernels")
 
 
 def haar_dwt2d(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
