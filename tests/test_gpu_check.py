@@ -164,7 +164,7 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_that_cannot_run_is_no_error() -> None:
-    with pytest.raises(gpu_parts.NotHere, match="no cuda kernel"):
+    with pytest.raises(gpu_parts.NotHere, match="on an NVIDIA GPU"):
         gpu_parts.parity(CASE, "cuda", torch.float32, "cpu", False)
 
 
