@@ -22,7 +22,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from build import LIBRARY
+from build import LIBRARY, find_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -65,7 +65,10 @@ def make(out: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
         pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v"]
-        run(*pip, "-w", raw, ROOT, FASTFUSION_CPP="1", FASTFUSION_PORTABLE="1")
+        wishes = {"FASTFUSION_CPP": "1", "FASTFUSION_PORTABLE": "1"}
+        if find_nvcc() is not None:  # beside a torch without CUDA they are built when asked for
+            wishes["FASTFUSION_CUDA"] = os.environ.get("FASTFUSION_CUDA", "1")
+        run(*pip, "-w", raw, ROOT, **wishes)
         (linux,) = raw.glob("*.whl")
         fixed = Path(folder) / "fixed"
         audit = [sys.executable, "-m", "auditwheel"]

@@ -156,7 +156,12 @@ def test_what_setuptools_packs(release: ModuleType, tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=tree,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tree / "csrc"), "FASTFUSION_CPP": "0"},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(tree / "csrc"),
+            "FASTFUSION_CPP": "0",
+            "FASTFUSION_CUDA": "0",
+        },
         capture_output=True,
         text=True,
     )
