@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -46,7 +47,7 @@ OPERATORS: dict[str, Operator] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
 _wished: ContextVar[str | None] = ContextVar("fastfusion_backend", default=None)
 
-Outputs = tuple[Tensor, ...]
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @contextlib.contextmanager
@@ -333,7 +334,8 @@ class Operator:
                 reason = candidate.why_not(*args) or slower(*args)
                 if reason is None:
                     return candidate
-            log.debug("%s: not %s: %s", self.name, name, reason)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s: not %s: %s", self.name, name, reason)
         raise AssertionError("the reference backend takes everything")
 
     # -- calling -------------------------------------------------------------------------------
@@ -344,6 +346,8 @@ class Operator:
             from fastfusion.ops import checks
 
             checks.choice("backend", backend, CHOICES)
+        if _nobody_watches(args):
+            return self._forward(*args, backend)
         return self.op(*args, backend)
 
     def __repr__(self) -> str:
@@ -441,8 +445,11 @@ class Operator:
 
     def _empty(self, inputs: Sequence[Any]) -> bool:
         """Whether there is nothing to compute: an image with no pixel or a batch with no image."""
-        given = (inputs[index] for index in self._batched)
-        return any(value is not None and value.numel() == 0 for value in given)
+        for index in self._batched:
+            value = inputs[index]
+            if value is not None and value.numel() == 0:
+                return True
+        return False
 
     # -- autograd ------------------------------------------------------------------------------
 
@@ -606,6 +613,57 @@ class Operator:
 # -- small helpers -----------------------------------------------------------------------------
 
 
+def _nobody_watches(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher would do nothing but call the op's implementation.
+
+    So it is where all tensors are plain ones on the CPU, none wants a gradient, and there is no
+    mode, transformation, autocast, tracing or profiling; its way takes longer than small images do.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    plain, threads = _plain_keys()
+    wanted = torch.is_grad_enabled()
+    for value in args:
+        if isinstance(value, Tensor) and (
+            type(value) not in _PLAIN
+            or torch._C._dispatch_keys(value).raw_repr() not in plain
+            or (wanted and value.requires_grad)
+        ):
+            return False
+    state = (
+        torch._C._dispatch_tls_local_include_set().raw_repr(),
+        torch._C._dispatch_tls_local_exclude_set().raw_repr(),
+    )
+    return (
+        state in threads
+        and forward_ad._current_level < 0
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+@functools.cache
+def _plain_keys() -> tuple[set[int], set[tuple[int, int]]]:
+    """The dispatch keys of plain tensors, and of a thread that does nothing special."""
+    tensors, threads = set(), set()
+
+    def look() -> None:  # in a thread of its own, which no mode of the caller's reaches
+        for context in (contextlib.nullcontext(), torch.inference_mode()):
+            with context:
+                tensors.add(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
+                threads.add(
+                    (
+                        torch._C._dispatch_tls_local_include_set().raw_repr(),
+                        torch._C._dispatch_tls_local_exclude_set().raw_repr(),
+                    )
+                )
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return tensors, threads
+
+
 def _autograd_kernel(
     op: Any,
     save: Callable[..., None],
@@ -681,7 +739,7 @@ def _why_no_triton(x: Tensor) -> str | None:
     if not triton_installed():
         return "triton is not installed"
     if x.device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
+        if not _interpreting():
             return "its kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1 (for checks)"
     elif x.device.type != "cuda":
         return f"its kernels run on a GPU, got {x.device}"
@@ -702,6 +760,11 @@ def _why_no_cuda(x: Tensor) -> str | None:
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return _TOO_OLD
     return _NO_DOUBLES if x.dtype == torch.float64 else None
+
+
+@functools.cache
+def _interpreting() -> bool:  # Triton reads it once, too
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

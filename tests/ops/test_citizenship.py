@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -305,3 +308,65 @@ def test_backends_and_info_say_why():
     assert found["reference"] == "available"
     assert all(found.values())
     assert fastfusion.info()["backends"] == found
+
+
+# ------------------------------------------------------------------------------------------------
+# The short way past the dispatcher
+# ------------------------------------------------------------------------------------------------
+
+
+class Named(torch.Tensor):
+    """A subclass that hears of every function."""
+
+    heard: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.heard.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_whoever_watches_sees_the_op():
+    x = torch.randn(1, 2, 6, 6)
+    op = "haar_split2d"
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.haar_split2d(x)
+    assert any(op in event.name for event in profile.events())
+
+    class Listening(TorchFunctionMode):
+        heard = ""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.heard += str(function)
+            return function(*args, **(kwargs or {}))
+
+    with Listening() as mode:
+        ops.haar_split2d(x)
+    assert op in mode.heard
+    ops.haar_split2d(x.as_subclass(Named))
+    assert any(op in name for name in Named.heard)
+    assert op in str(torch.jit.trace(lambda y: ops.haar_split2d(y)[0], x, check_trace=False).graph)
+
+
+def test_tensors_that_only_the_dispatcher_can_read():
+    z = torch.randn(1, 2, 6, 6, dtype=torch.complex64)
+    x = z.conj().imag  # its sign is in a bit, not in memory
+    assert x.is_neg()
+    for found, wanted in zip(ops.haar_split2d(x), ops.haar_split2d(-z.imag), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_short_way_is_taken_and_gives_the_same(monkeypatch):
+    x = torch.randn(1, 2, 6, 6)
+    operator = OPERATORS["haar_split2d"]
+    wanted = operator.op(x, "auto")
+    monkeypatch.setattr(operator, "op", None)
+    for context in (contextlib.nullcontext(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            found = ops.haar_split2d(x)
+            assert all(map(torch.equal, found, wanted))
+            if not torch.is_grad_enabled():
+                ops.haar_split2d(torch.nn.Parameter(x))
+    with pytest.raises(TypeError):  # a gradient is wanted: not by the short way
+        ops.haar_split2d(x.clone().requires_grad_())

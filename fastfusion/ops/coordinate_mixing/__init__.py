@@ -70,7 +70,9 @@ def coordinate_mixing(
         like_name="candidates",
     )
     checks.integer("k", k, low=1, high=coordinates)
-    return mixing(candidates, state.expand(batch, channels), k, backend=backend)
+    if state.dim() == 1:
+        state = state.expand(batch, channels)
+    return mixing(candidates, state, k, backend=backend)
 
 
 __all__ = ["coordinate_mixing"]
