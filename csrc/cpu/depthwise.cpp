@@ -2,9 +2,9 @@
 //
 // Along the columns (contiguous images): a thread takes a range of rows of one channel and keeps
 // the input rows that the filter spans in a ring of zero-padded rows. Across the channels
-// (channels_last): it takes some rows of the output, all channels, and reads the input in place;
-// only where the filter reaches over the left or right edge, where a block of channels is not full
-// or where the type must be widened, a window of the input is copied first.
+// (channels_last): it takes some rows of the output, all channels, and reads the input in place,
+// widening as it reads; only where the filter reaches over the left or right edge or where a block
+// of channels is not full, a window of the input is copied first.
 #include "depthwise.h"
 
 #include <algorithm>
@@ -66,13 +66,12 @@ bool can_stream(const Image& y) {
 template <typename T>
 struct Store {
   using A = Accumulator<T>;
+  using Element = T;
   const Image& y;
   Activation activation;
 
-  // The output itself, where the tiles can write there.
-  const Image* direct() const {
-    return std::is_same_v<T, A> && activation == Activation::kNone ? &y : nullptr;
-  }
+  // The output itself, where tiles that make the element type can write there.
+  const Image* direct() const { return activation == Activation::kNone ? &y : nullptr; }
   template <bool kAcross>
   void finish(const Line<A>& line) const {
     T* to = y.at<T>(line.b, line.channel, line.row, line.column);
@@ -91,6 +90,7 @@ struct Store {
 template <typename T>
 struct StoreGradient {
   using A = Accumulator<T>;
+  using Element = A;
   const Image& grad;
   const Image& to;
   Activation activation;
@@ -123,7 +123,7 @@ void convolve_plane(const Image& x, const Filter<Accumulator<T>>& filter, const 
   const Buffer<A> ring(ring_rows * ring_step), sums(rows * width);
   std::fill_n(ring.get(), ring_rows * ring_step, A(0));
   std::vector<const A*> input(rows + filter.shape.rows - 1);
-  const Image* direct = finish.direct();
+  const Image* direct = std::is_same_v<typename Finish::Element, A> ? finish.direct() : nullptr;
   const bool streaming = direct != nullptr && can_stream<A>(*direct);
 
   int64_t loaded = std::max<int64_t>(0, first - padding);
@@ -183,14 +183,16 @@ template <typename T, typename Finish>
 class Blocks {
  public:
   using A = Accumulator<T>;
+  using Y = typename Finish::Element;
 
   Blocks(const Image& x, const Filter<A>& filter, const Finish& finish)
       : x_(x),
         filter_(filter),
         finish_(finish),
         edge_(filter.shape.column_padding()),
-        streaming_(finish.direct() != nullptr && can_stream<A>(*finish.direct())),
-        readable_(std::is_same_v<T, A> && x.channels_dense()),
+        streaming_(std::is_same_v<Y, A> && finish.direct() != nullptr &&
+                   can_stream<A>(*finish.direct())),
+        readable_(x.channels_dense()),
         wide_(std::min(x.columns, round_up(std::max<int64_t>(32, 2 * edge_),
                                            kTileVectors * filter.shape.column_dilation))),
         channels_(filter.shape.rows * filter.shape.columns * x.channels <= 4096 ? x.channels
@@ -211,9 +213,10 @@ class Blocks {
 
  private:
   static constexpr int64_t kLane = kLanes<A>;
+  // Whether the tiles can write the output's type.
+  static constexpr bool kDirect = std::is_same_v<Y, T> || std::is_same_v<Y, A>;
 
-  // Columns first .. last - 1; `copied` where the filter reaches over the edge or x must be
-  // widened.
+  // Columns first .. last - 1; `copied` where the filter reaches over the edge.
   void pieces(int64_t b, int64_t start, int64_t end, int64_t first, int64_t last, bool copied) {
     for (int64_t column = first; column < last; column += wide_)
       for (int64_t channel = 0; channel < x_.channels; channel += channels_)
@@ -238,25 +241,32 @@ class Blocks {
       if (row < 0 || row >= x_.rows) {
         input_[i] = nullptr;
       } else if (copied) {
-        A* to = &window_[i * (wide_ + 2 * edge_) * pixel_];
+        T* to = &window_[i * (wide_ + 2 * edge_) * pixel_];
         copy_pixels<T>(x_, b, channel, channels, row, first - edge_, last - first + 2 * edge_, to,
                        pixel);
         input_[i] = to;
       } else {
-        input_[i] = x_.at<A>(b, channel, row, first - edge_);
+        input_[i] = x_.at<T>(b, channel, row, first - edge_);
       }
     }
-    Piece<A> piece{input_.data(), count,       last - first,  copied ? pixel : x_.column_stride,
-                   pixel,         sums_.get(), wide_ * pixel, channels};
-    const Image* direct = finish_.direct();
-    if (direct != nullptr) {
-      piece.output = direct->at<A>(b, channel, start, first);
-      piece.output_row_step = direct->row_stride * dilation;
-      piece.output_step = direct->column_stride;
-      piece.stream = streaming_;
+    const int64_t step = copied ? pixel : x_.column_stride;
+    if constexpr (kDirect) {
+      if (const Image* direct = finish_.direct(); direct != nullptr) {
+        Piece<T, Y> piece{input_.data(),
+                          count,
+                          last - first,
+                          step,
+                          direct->column_stride,
+                          direct->at<Y>(b, channel, start, first),
+                          direct->row_stride * dilation,
+                          channels};
+        piece.stream = streaming_;
+        return convolve(filter_, channel, piece);
+      }
     }
-    convolve(filter_, channel, piece);
-    if (direct != nullptr) return;
+    convolve(filter_, channel,
+             Piece<T, A>{input_.data(), count, last - first, step, pixel, sums_.get(),
+                         wide_ * pixel, channels});
     for (int64_t i = 0; i < count; ++i)
       finish_.template finish<true>(Line<A>{&sums_[i * wide_ * pixel], b, channel,
                                             start + i * dilation, first, last - first, channels,
@@ -274,8 +284,9 @@ class Blocks {
   // then pass by in the order in which they lie in memory; else a block.
   int64_t channels_;
   int64_t pixel_;  // elements of a pixel in a copy
-  std::vector<const A*> input_;
-  Buffer<A> window_, sums_;
+  std::vector<const T*> input_;
+  Buffer<T> window_;
+  Buffer<A> sums_;
 };
 
 template <typename T, typename Finish>

@@ -8,9 +8,10 @@ namespace fastfusion::FF_CAPABILITY {
 namespace {
 
 // One tile: its sums start from the bias.
-template <typename A>
+template <typename X, typename Y>
 struct Tile {
-  const A* const* input;  // rows, as in Piece
+  using A = Accumulator<X>;
+  const X* const* input;  // rows, as in Piece
   int64_t columns;        // of this tile and those after it in its rows
   int64_t offset;         // of the tile's first column in them
   const A* weight;
@@ -19,7 +20,7 @@ struct Tile {
   int64_t tap_step;  // from a tap column to the next, in the input
   // From a vector to the next; along the columns they lie side by side.
   int64_t input_vector_step, output_vector_step;
-  A* output;
+  Y* output;
   int64_t output_row_step;
   const char* ahead;  // what is fetched ahead, in bytes
   int64_t ahead_row_step, ahead_vector_step;
@@ -40,11 +41,12 @@ struct Tile {
 
 // Add the taps of one input row to the output rows First to Last - 1, for which it is the filter's
 // row (input row - output row).
-template <bool kAcross, int First, int Last, int K, typename A, int R, int V>
-FF_INLINE void add_row(Vector<A> (&sums)[R][V], const Tile<A>& tile, int64_t row) {
+template <bool kAcross, int First, int Last, int K, typename X, typename Y, int R, int V>
+FF_INLINE void add_row(Vector<Accumulator<X>> (&sums)[R][V], const Tile<X, Y>& tile, int64_t row) {
+  using A = Accumulator<X>;
   constexpr int kStep = kAcross ? kLanes<A> : 1;
   constexpr bool kKnown = K > 0 && !kAcross;  // unrolled code pays along the columns only
-  const A* x = tile.input[row];
+  const X* x = tile.input[row];
   if (x == nullptr) return;
   x += tile.offset;
   const A* w = tile.weight + row * kStep;
@@ -77,16 +79,16 @@ constexpr int kAhead = 6;
 // write and, across the channels (where no hardware guesses the pattern), for pixels of the rows
 // that this lattice is the first to read. One row at a time, between the sums: all at once would
 // fill the queue of misses and wait.
-template <bool kAcross, int V, typename A>
-FF_INLINE void fetch_row(const Tile<A>& tile, int64_t r) {
+template <bool kAcross, int V, typename X, typename Y>
+FF_INLINE void fetch_row(const Tile<X, Y>& tile, int64_t r) {
   const int64_t input_step = tile.template input_step<kAcross>();
   const int64_t output_step = tile.template output_step<kAcross>();
   if (!tile.stream) {
-    const A* row = tile.output + r * tile.output_row_step + V * output_step;
+    const Y* row = tile.output + r * tile.output_row_step + V * output_step;
     unroll<V>([&](auto v) FF_INLINED { __builtin_prefetch(row + v * output_step, 1); });
   }
   if constexpr (kAcross) {
-    const A* row = tile.input[tile.kernel_rows - 1 + r] + tile.offset + kAhead * input_step;
+    const X* row = tile.input[tile.kernel_rows - 1 + r] + tile.offset + kAhead * input_step;
     unroll<V>([&](auto v) FF_INLINED { __builtin_prefetch(row + v * input_step); });
   } else {
     const char* row = tile.ahead + r * tile.ahead_row_step;
@@ -95,8 +97,9 @@ FF_INLINE void fetch_row(const Tile<A>& tile, int64_t r) {
 }
 
 // The filter is K x K or, where K is 0, has at least R rows.
-template <typename A, bool kAcross, int R, int V, int K>
-void run(const Tile<A> tile) {
+template <typename X, typename Y, bool kAcross, int R, int V, int K>
+void run(const Tile<X, Y> tile) {
+  using A = Accumulator<X>;
   Vector<A> sums[R][V];
   const Vector<A> bias = kAcross ? load(tile.bias) : broadcast(*tile.bias);
   unroll<R>([&](auto r) FF_INLINED { unroll<V>([&](auto v) FF_INLINED { sums[r][v] = bias; }); });
@@ -124,7 +127,7 @@ void run(const Tile<A> tile) {
   const auto store_all = [&](auto how) FF_INLINED {
     unroll<R>([&](auto r) FF_INLINED {
       unroll<V>([&](auto v) FF_INLINED {
-        A* to = tile.output + r * tile.output_row_step + v * output_step;
+        Y* to = tile.output + r * tile.output_row_step + v * output_step;
         if constexpr (how == kStream) {
           stream(to, sums[r][v]);
         } else if constexpr (how == kWhole || (!kAcross && v < V - 1)) {
@@ -137,24 +140,30 @@ void run(const Tile<A> tile) {
   };
   if (tile.lanes < kLanes<A>) {
     store_all(std::integral_constant<int, kPart>());
-  } else if (tile.stream) {
-    store_all(std::integral_constant<int, kStream>());
+  } else if (std::is_same_v<Y, A> && tile.stream) {
+    store_all(std::integral_constant<int, std::is_same_v<Y, A> ? kStream : kWhole>());
   } else {
     store_all(std::integral_constant<int, kWhole>());
   }
 }
 
-template <typename A, bool kAcross, int R, int K>
-void run_rows(Tile<A> tile, const Piece<A>& piece) {
+// Whether what does not fill a tile gets tiles of more than one smaller size. Code for the narrow
+// types would double the time of the build.
+template <typename X>
+constexpr bool kSmallTiles = std::is_same_v<X, Accumulator<X>>;
+
+template <typename X, typename Y, bool kAcross, int R, int K>
+void run_rows(Tile<X, Y> tile, const Piece<X, Y>& piece) {
+  using A = Accumulator<X>;
   constexpr int kAlong = kAcross ? 1 : kLanes<A>;  // columns in a vector
   int64_t left = tile.columns;
   const auto advance = [&](auto v) FF_INLINED {
     constexpr int V = v;
     if constexpr (kAcross) {
-      Tile<A> block = tile;
+      Tile<X, Y> block = tile;
       for (int64_t done = 0; done < piece.channels; done += kLanes<A>) {
         block.lanes = static_cast<int>(std::min<int64_t>(piece.channels - done, kLanes<A>));
-        run<A, kAcross, R, V, K>(block);
+        run<X, Y, kAcross, R, V, K>(block);
         block.offset += kLanes<A>;
         block.output += kLanes<A>;
         block.bias += kLanes<A>;
@@ -162,7 +171,7 @@ void run_rows(Tile<A> tile, const Piece<A>& piece) {
       }
     } else {
       tile.lanes = static_cast<int>(std::min<int64_t>(left - (V - 1) * kAlong, kAlong));
-      run<A, kAcross, R, V, K>(tile);
+      run<X, Y, kAcross, R, V, K>(tile);
       tile.ahead += V * tile.ahead_vector_step;
     }
     tile.offset += V * tile.template input_step<kAcross>();
@@ -170,28 +179,30 @@ void run_rows(Tile<A> tile, const Piece<A>& piece) {
     left -= V * kAlong;
   };
   while (left > (kTileVectors - 1) * kAlong) advance(std::integral_constant<int, kTileVectors>());
-  if constexpr (kTileVectors > 2) {
+  if constexpr (kTileVectors > 2 && kSmallTiles<X>) {
     while (left > kAlong) advance(std::integral_constant<int, 2>());
   }
   while (left > 0) advance(std::integral_constant<int, 1>());
 }
 
 // How many rows of `left` are done together.
-template <typename A, bool kAcross, int K>
-int run_most_rows(const Tile<A>& tile, const Piece<A>& piece, int64_t left) {
+template <typename X, typename Y, bool kAcross, int K>
+int run_most_rows(const Tile<X, Y>& tile, const Piece<X, Y>& piece, int64_t left) {
   if (K == 0) left = std::min(left, tile.kernel_rows);
-  if (left >= kTileRows) return run_rows<A, kAcross, kTileRows, K>(tile, piece), kTileRows;
-  if (left >= 4) return run_rows<A, kAcross, 4, K>(tile, piece), 4;
-  if (left >= 2) return run_rows<A, kAcross, 2, K>(tile, piece), 2;
-  return run_rows<A, kAcross, 1, K>(tile, piece), 1;
+  if (left >= kTileRows) return run_rows<X, Y, kAcross, kTileRows, K>(tile, piece), kTileRows;
+  if constexpr (kSmallTiles<X>)
+    if (left >= 4) return run_rows<X, Y, kAcross, 4, K>(tile, piece), 4;
+  if (left >= 2) return run_rows<X, Y, kAcross, 2, K>(tile, piece), 2;
+  return run_rows<X, Y, kAcross, 1, K>(tile, piece), 1;
 }
 
 // The columns first, first + step, ... of a piece.
-template <typename A, bool kAcross>
-void convolve_columns(const Filter<A>& filter, int64_t channel, const Piece<A>& piece,
-                      int64_t first, int64_t step) {
+template <typename X, typename Y, bool kAcross>
+void convolve_columns(const Filter<Accumulator<X>>& filter, int64_t channel,
+                      const Piece<X, Y>& piece, int64_t first, int64_t step) {
+  using A = Accumulator<X>;
   const int64_t along = kAcross ? step : kLanes<A>;  // columns from a vector to the next
-  Tile<A> tile;
+  Tile<X, Y> tile;
   tile.input = piece.input;
   tile.columns = (piece.columns - first + step - 1) / step;
   tile.offset = first * piece.input_step;
@@ -211,13 +222,13 @@ void convolve_columns(const Filter<A>& filter, int64_t channel, const Piece<A>& 
   for (int64_t left = piece.count, taken; left > 0; left -= taken) {
     switch (filter.shape.rows == filter.shape.columns ? filter.shape.rows : 0) {
       case 3:
-        taken = run_most_rows<A, kAcross, 3>(tile, piece, left);
+        taken = run_most_rows<X, Y, kAcross, 3>(tile, piece, left);
         break;
       case 5:
-        taken = run_most_rows<A, kAcross, 5>(tile, piece, left);
+        taken = run_most_rows<X, Y, kAcross, 5>(tile, piece, left);
         break;
       default:
-        taken = run_most_rows<A, kAcross, 0>(tile, piece, left);
+        taken = run_most_rows<X, Y, kAcross, 0>(tile, piece, left);
     }
     tile.input += taken;
     tile.output += taken * tile.output_row_step;
@@ -226,21 +237,30 @@ void convolve_columns(const Filter<A>& filter, int64_t channel, const Piece<A>& 
 
 }  // namespace
 
-template <typename A>
-void convolve(const Filter<A>& filter, int64_t channel, const Piece<A>& piece) {
-  if (!filter.across) return convolve_columns<A, false>(filter, channel, piece, 0, 1);
+template <typename X, typename Y>
+void convolve(const Filter<Accumulator<X>>& filter, int64_t channel, const Piece<X, Y>& piece) {
+  using A = Accumulator<X>;
+  if constexpr (std::is_same_v<X, A>)
+    if (!filter.across) return convolve_columns<X, Y, false>(filter, channel, piece, 0, 1);
   // Where the pixels that a tile reads are too many for the first-level cache, the lattices of
   // columns go one after another: then its taps fall on the same pixels.
   int64_t dilation = filter.shape.column_dilation;
   const int64_t pixels =
       (filter.shape.rows + kTileRows - 1) * (kTileVectors + (filter.shape.columns - 1) * dilation);
-  if (pixels * round_up(piece.channels, kLanes<A>) * static_cast<int64_t>(sizeof(A)) <= 24 << 10)
+  if (pixels * round_up(piece.channels, kLanes<A>) * static_cast<int64_t>(sizeof(X)) <= 24 << 10)
     dilation = 1;
   for (int64_t first = 0; first < std::min(dilation, piece.columns); ++first)
-    convolve_columns<A, true>(filter, channel, piece, first, dilation);
+    convolve_columns<X, Y, true>(filter, channel, piece, first, dilation);
 }
 
-template void convolve(const Filter<float>&, int64_t, const Piece<float>&);
-template void convolve(const Filter<double>&, int64_t, const Piece<double>&);
+#define FF_INSTANTIATE(X, Y) \
+  template void convolve(const Filter<Accumulator<X>>&, int64_t, const Piece<X, Y>&)
+FF_INSTANTIATE(float, float);
+FF_INSTANTIATE(double, double);
+FF_INSTANTIATE(Half, Half);
+FF_INSTANTIATE(Half, float);
+FF_INSTANTIATE(BFloat16, BFloat16);
+FF_INSTANTIATE(BFloat16, float);
+#undef FF_INSTANTIATE
 
 }  // namespace fastfusion::FF_CAPABILITY

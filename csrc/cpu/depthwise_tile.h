@@ -98,11 +98,13 @@ void copy_columns(const Image& x, int64_t b, int64_t channel, int64_t row, int64
   std::fill(to + end, to + count, A(0));
 }
 
-// Pixels first .. first + count - 1 of a row, `channels` of each, widened and filled up with zeros
-// to whole vectors; zeros beyond the edges too. `step` is from a pixel to the next in the copy.
-template <typename T, typename A>
+// Pixels first .. first + count - 1 of a row, `channels` of each, in the type of the copy and
+// filled up with zeros to whole vectors; zeros beyond the edges too. `step` is from a pixel to the
+// next in the copy.
+template <typename T, typename W>
 void copy_pixels(const Image& x, int64_t b, int64_t channel, int64_t channels, int64_t row,
-                 int64_t first, int64_t count, A* to, int64_t step) {
+                 int64_t first, int64_t count, W* to, int64_t step) {
+  using A = Accumulator<W>;
   constexpr int kLane = kLanes<A>;
   for (int64_t i = 0; i < count; ++i, to += step) {
     const int64_t column = first + i;
@@ -116,7 +118,8 @@ void copy_pixels(const Image& x, int64_t b, int64_t channel, int64_t channels, i
         store(to + c, lanes == kLane ? load(from + c) : load(from + c, lanes));
       } else {
         for (int lane = 0; lane < kLane; ++lane)
-          to[c + lane] = lane < lanes ? widen(from[(c + lane) * x.channel_stride]) : A(0);
+          to[c + lane] =
+              narrow<W>(lane < lanes ? widen(from[(c + lane) * x.channel_stride]) : A(0));
       }
     }
   }
@@ -135,18 +138,19 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 // Rows of the output (of one lattice) that are made at a time: as many as a tile can take.
 inline int64_t group_of(const FilterShape& shape) { return shape.rows < 3 ? 1 : kTileRows; }
 
-// A piece of some lattice rows of the output.
-template <typename A>
+// A piece of some lattice rows of the output. X and Y are the types of the input and the output:
+// along the columns both that of the sums; across the channels X may be narrower, and Y may be X.
+template <typename X, typename Y = X>
 struct Piece {
   // Of the output's first row and those `row_dilation` apart: count + filter.shape.rows - 1 input
   // rows, each at the place of the first tap of the first column; null where they lie outside the
   // image.
-  const A* const* input;
+  const X* const* input;
   int64_t count;    // output rows
   int64_t columns;  // output columns
   // How far neighbouring columns are apart: 1 along the columns, more across the channels.
   int64_t input_step, output_step;
-  A* output;
+  Y* output;
   int64_t output_row_step;
   // Across the channels: how many are taken, block by block for each tile. Where the last block is
   // not full, its input is read as if it were.
@@ -154,13 +158,14 @@ struct Piece {
   // Along the columns: where the input of the rows after these comes from, to be fetched ahead.
   const void* ahead = nullptr;
   int64_t ahead_row_step = 0, ahead_step = 0;  // in bytes
-  // Store whole vectors past the caches; they must be aligned. The caller calls stream_fence().
+  // Store whole vectors past the caches; they must be aligned, and Y that of the sums. The caller
+  // calls stream_fence().
   bool stream = false;
 };
 
 // Convolve a piece for `channel`, or for the channels that start there.
-template <typename A>
-void convolve(const Filter<A>& filter, int64_t channel, const Piece<A>& piece);
+template <typename X, typename Y>
+void convolve(const Filter<Accumulator<X>>& filter, int64_t channel, const Piece<X, Y>& piece);
 
 // The gradients of filters and biases, (C, 1, rows, columns) and (C); either may be null. T and G,
 // the types of `x` and `grad`, are W or wider.
