@@ -14,7 +14,13 @@ from fastfusion.ops.depthwise import reference
 
 SIZE = (1, 64, 256, 256)
 PIXELS = 64 * 256 * 256
-KERNELS = [(3, 1), (5, 1), (7, 1), (7, 3), (9, 1), (13, 1), (21, 1), (31, 1)]
+#: Sizes and dilations; torch.compile leaves a convolution to the library that eager calls, so it
+#: takes part in the first few only.
+COMPILED = [(3, 1), (5, 1), (7, 1), (7, 3), (31, 1)]
+KERNELS = [
+    *((k, 1) for k in range(3, 32, 2)),
+    *((k, dilation) for k in (3, 5, 7, 13) for dilation in (2, 3, 4)),
+]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -40,21 +46,20 @@ def forward_row(k: int, dilation: int, layout: str) -> Row:
     def ours(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
         return ops.depthwise_conv2d(x, weight, bias, dilation=dilation)
 
-    compiled = torch.compile(plain)
+    contestants = {
+        OURS: contestant(ours, layout),
+        "eager": contestant(plain, layout),
+        "eager, other layout": contestant(plain, "channels_last" if layout == "NCHW" else "NCHW"),
+    }
+    if (k, dilation) in COMPILED:
+        contestants["compiled"] = contestant(torch.compile(plain), layout)
     return Row(
         work=f"depthwise_conv2d {k}x{k} dilation {dilation} {layout}",
         operators=("depthwise_conv2d",),
-        contestants={
-            OURS: contestant(ours, layout),
-            "eager": contestant(plain, layout),
-            "eager, other layout": contestant(
-                plain, "channels_last" if layout == "NCHW" else "NCHW"
-            ),
-            "compiled": contestant(compiled, layout),
-        },
+        contestants=contestants,
         moved=8 * PIXELS,
         flops=2 * PIXELS * k * k,
-        target={"best": 8.0 if dilation == 3 else 1.0, "share": 0.7},
+        target={"best": 8.0 if (k, dilation) == (7, 3) else 1.0, "share": 0.7},
     )
 
 

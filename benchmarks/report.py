@@ -86,7 +86,7 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for work, entries in table.items():
-        if OURS not in entries:
+        if OURS not in entries or entries[OURS]["series"]:
             continue
         ours = entries[OURS]
         ratios = {n: e["median"] / ours["median"] for n, e in entries.items() if n != OURS}
@@ -105,6 +105,33 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def growth(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """The time of a pixel for each side of an image, a line for each operator."""
+    times: dict[str, dict[int, float]] = {}
+    for entries in table.values():
+        ours = entries.get(OURS)
+        if ours and ours["series"]:
+            name, side = ours["series"]
+            times.setdefault(name, {})[side] = 1e9 * ours["median"] / side**2
+    if not times:
+        return []
+    sides = sorted({side for found in times.values() for side in found})
+    lines = [
+        "## Size",
+        "",
+        "Nanoseconds a pixel of 64 channels, for square images; and how far the slowest is from "
+        "the fastest.",
+        "",
+        f"| operator | {' | '.join(f'{side}²' for side in sides)} | apart |",
+        "|---|" + "---|" * (len(sides) + 1),
+    ]
+    for name, found in times.items():
+        cells = [f"{found[side]:.3g}" if side in found else "" for side in sides]
+        apart = max(found.values()) / min(found.values()) - 1
+        lines.append(f"| {name} | {' | '.join(cells)} | {100 * apart:.0f} % |")
+    return [*lines, ""]
 
 
 def roofline(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
@@ -175,6 +202,7 @@ def write(data: dict[str, Any], target: Path) -> None:
         "",
         f"![roofline]({picture.name})",
         "",
+        *growth(table),
     ]
     target.write_text("\n".join(lines))
 

@@ -37,6 +37,7 @@ class Row:
         moved: bytes if each input is read once and each output written once.
         flops: 2 a multiply-add.
         target: the ratios of TARGETS, by contestant, and "share" of the floor.
+        series: for a row that shows how the time grows: what grows, and an image's side.
     """
 
     work: str
@@ -45,6 +46,7 @@ class Row:
     moved: float
     flops: float
     target: dict[str, float] = dataclasses.field(default_factory=dict)
+    series: tuple[str, int] | None = None
 
     def __str__(self) -> str:
         return self.work
@@ -79,6 +81,7 @@ def of_operation(
     *,
     train: bool = False,
     moved: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Row:
     """The row of an operation that `fastfusion bench` times too: the usual three on fresh inputs.
 
@@ -86,7 +89,7 @@ def of_operation(
     """
 
     def tensors(device: str = "cpu") -> list[torch.Tensor]:
-        values = operation.make(shape, lambda *size: torch.randn(size, device=device))
+        values = operation.make(shape, lambda *size: torch.randn(size, device=device).to(dtype))
         return [value.detach().requires_grad_(train) for value in values]
 
     def called(*values: torch.Tensor) -> tuple[Operator, list[Any]]:
@@ -184,5 +187,6 @@ def record(benchmark: Any, row: Row, contestant: str) -> None:
         matrix_rate=limits.matrix_rate,
         peak_memory=memory,
         target=row.target,
+        series=row.series,
         **machine.describe(),
     )
