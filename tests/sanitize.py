@@ -120,7 +120,9 @@ def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> 
         "OMP_NUM_THREADS": "1",
         "PYTHONMALLOC": "malloc",
     }
-    chosen = ["tests/ops/test_parity.py", "tests/ops/test_empty.py", "-k", "cpp"]
+    files = ["test_parity", "test_empty", "test_haar", "test_depthwise", "test_local_map"]
+    chosen = [f"tests/ops/{name}.py" for name in files]
+    chosen += ["-k", "cpp or test_haar or test_depthwise or test_local_map"]
     if sanitizer == "thread":
         chosen = ["tests/ops/test_parity.py", "-k", "cpp and (float32 or threads)"]
     command = [
