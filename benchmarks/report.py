@@ -82,7 +82,7 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """One line a piece of work."""
     lines = [
         "| work | fastfusion, ms | times faster than | floor, ms | share | GB/s | GFLOP/s "
-        "| extra memory, MB | targets |",
+        "| memory, result included, MB | targets |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for work, entries in table.items():
@@ -196,7 +196,13 @@ def write(data: dict[str, Any], target: Path) -> None:
         "in one process. The floor is the larger of bytes over the copy's bandwidth and FLOPs over "
         "the product's rate, each input read once and each output written once. A row stands here "
         "only when the operator's parity tests pass. Under *targets*, a figure in bold is what was "
-        "reached where the target was missed; `best` is against the best of all others.",
+        "reached where the target was missed; `best` is against the best of all others. What bounds "
+        "a row that misses, and what was tried, stands on the operator's page: "
+        "[latent operator](operators/latent_operator.md), "
+        "[depthwise convolution and the attentions](operators/depthwise.md), "
+        "[frequency filter](operators/frequency_filter.md), "
+        "[Haar and SpeCAM's first stage](operators/haar.md), "
+        "[coordinate mixing](operators/coordinate_mixing.md).",
         "",
         *markdown(table),
         "",
