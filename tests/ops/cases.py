@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastfusion import ops
+from fastfusion.ops import haar
+from fastfusion.ops.local_map import local_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,5 +356,27 @@ CASES: list[Case] = [
     *_frequency(),
     *_latent(),
 ]
+
+
+def _internal() -> list[Case]:
+    shapes = {"x": (2, 3, 9, 8)}
+    for band in ("low", "high"):
+        shapes |= {f"{band}_weight": (3, 1, 3, 3), f"{band}_bias": (3,)}
+    gates = {"low_gate": (2, 3), "high_gate": (2, 3)}
+
+    def mapped(t: dict[str, Tensor], b: str) -> Tensor:
+        return local_map(**t, scale=4, first=(-1.5, -2.0), backend=b)
+
+    maps = {"coefficients": (2, 5, 4, 4, 4), "guides": (2, 3, 9, 8), "detail": (2, 3, 9, 8)}
+    return [
+        Case("spectral_maxima", "9x8", shapes, lambda t, b: haar.spectral_maxima(**t, backend=b)),
+        Case("spectral_mix", "9x8", shapes | gates, lambda t, b: haar.spectral_mix(**t, backend=b)),
+        Case("local_map", "9x8", maps | {"sharpness": (5,)}, mapped, images=("guides", "detail")),
+    ]
+
+
+#: Operators that the layers and models use and the public interface has not; their values are held
+#: by tests/ops/test_haar.py and tests/ops/test_local_map.py.
+INTERNAL: list[Case] = _internal()
 #: The first case of each operator, for what need not run over all.
 FIRST: list[Case] = list({case.operator: case for case in reversed(CASES)}.values())

@@ -18,9 +18,9 @@ import fastfusion
 from fastfusion import ops
 from fastfusion.ops.operator import OPERATORS
 from tests.closeness import assert_close
-from tests.ops.cases import CASES, FIRST, Case
+from tests.ops.cases import CASES, FIRST, INTERNAL, Case
 
-by_case = pytest.mark.parametrize("case", FIRST, ids=str)
+by_case = pytest.mark.parametrize("case", [*FIRST, *INTERNAL], ids=str)
 
 
 class Capture(TorchDispatchMode):
@@ -96,8 +96,8 @@ def test_compile_in_one_graph_without_recompiling(case):
     for batch in (11, 13, 17):  # no other size is one of these: equal sizes would be tied
         tensors = {}
         for name, value in case.tensors().items():
-            batched = value.dim() > 2 and name in (*case.images, "latents")
-            if batched or (name == "state" and value.dim() == 2):
+            batched = value.dim() > 2 and name in (*case.images, "latents", "coefficients")
+            if batched or (name in ("state", "low_gate", "high_gate") and value.dim() == 2):
                 value = torch.cat([value[:1]] * batch)
             tensors[name] = value.float().detach().requires_grad_()
         outputs = compiled(tensors)
@@ -172,6 +172,8 @@ LOWER = (
     "depthwise_conv2d",
     "large_kernel_attention",
     "multiscale_attention",
+    "spectral_maxima",
+    "spectral_mix",
 )
 
 
