@@ -32,7 +32,7 @@ from fastfusion.models import LSO, CoFusion
 from fastfusion.models.base import ResidualModel
 from fastfusion.nn.cofusion import SceneMaxima
 from fastfusion.scheduling import executor
-from fastfusion.tiling import Unfinished, fuse_files
+from fastfusion.tiling import Unfinished, fuse_files, job, passes, plan
 
 dask = pytest.importorskip("dask", reason="dask is not installed (extra large)")
 pytest.importorskip("zarr", reason="zarr is not installed (extra large)")
@@ -148,7 +148,7 @@ def test_cofusion_in_tiles_is_that_of_the_whole(files, spectral, monkeypatch):
 def test_the_support_of_a_network_is_its_receptive_field(kind, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = network(kind, "bicubic").double()
-    reach, unit = tiling.support(model)
+    reach, unit = plan.support(model)
     side = 2 * -(-reach // unit) * unit + 2 * unit
     prior = torch.rand(1, BANDS, unit, side, dtype=torch.float64)
     msi = torch.rand(1, 3, unit, side, dtype=torch.float64)
@@ -215,8 +215,9 @@ def test_a_margin_goes_on_at_the_other_end_or_stops(tmp_path, circular, margin):
 
 KILLED = """
 import os, pathlib, signal, sys, time
-from fastfusion import cli, tiling
-work = tiling._Job.fuse
+from fastfusion import cli
+from fastfusion.tiling import job
+work = job.Job.fuse
 count = left = int(sys.argv[1])
 before = len(list(pathlib.Path("out.zarr.work/fuse").glob("*.npz")))
 def fuse(self, rows, columns):
@@ -229,7 +230,7 @@ def fuse(self, rows, columns):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return result
-tiling._Job.fuse = fuse
+job.Job.fuse = fuse
 sys.exit(cli.main(sys.argv[2:]))
 """
 TILED = ["fuse", "--hsi", "hsi.zarr", "--msi", "msi.zarr", "--tile", "64", "--no-progress"]
@@ -237,7 +238,7 @@ TILED = ["fuse", "--hsi", "hsi.zarr", "--msi", "msi.zarr", "--tile", "64", "--no
 
 def test_killed_twice_and_resumed_gives_the_same_bytes(files, capsys):
     assert main([*TILED, "--out", "whole.zarr"]) == 0
-    environment = {**os.environ, "PYTHONPATH": str(Path(tiling.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tiling.__file__).parents[2])}
     command = [*TILED, "--out", "out.zarr"]
     for tiles in (2, 3):
         done = subprocess.run(
@@ -259,7 +260,7 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(files, capsys):
 @pytest.mark.parametrize("stage", ["moments", "sharpness", "fuse"])
 def test_a_disk_that_fills(files, capsys, monkeypatch, stage):
     fuse_files(*PLAIN[:2], "whole.zarr", tile=64)
-    work, calls = getattr(tiling._Job, stage), []
+    work, calls = getattr(job.Job, stage), []
 
     def fail(self, rows, columns):
         calls.append(rows)
@@ -268,7 +269,7 @@ def test_a_disk_that_fills(files, capsys, monkeypatch, stage):
         return work(self, rows, columns)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiling._Job, stage, fail)
+        patch.setattr(job.Job, stage, fail)
         assert main([*TILED, "--out", "out.zarr"]) == 1
     said = capsys.readouterr().err
     assert "No space left on device; free some space; what is done stays in" in said
@@ -301,7 +302,7 @@ def test_an_interrupt_says_how_to_go_on(files, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiling._Passes, "_finish", stop)
+        patch.setattr(passes.Passes, "_finish", stop)
         assert main([*TILED, "--out", "out.zarr"]) == 1
     assert "interrupted; what is done stays in" in capsys.readouterr().err
     assert fuse_files(*PLAIN, tile=64).found == 9
@@ -329,7 +330,7 @@ def test_on_a_cluster_with_a_worker_that_dies(files, monkeypatch):
 
             return contextlib.nullcontext(advance)
 
-        monkeypatch.setattr(tiling, "_bar", bar)
+        monkeypatch.setattr(passes, "_bar", bar)
         report = fuse_files(*PLAIN, tile=64, scheduler=cluster.scheduler_address)
     assert report.tiles == seen.count("fuse") == 9
     assert content("out.zarr") == content("whole.zarr")
@@ -429,7 +430,7 @@ def test_a_folder_that_cannot_be_written(files, capsys):
 def test_unfinished_work_of_another_call_is_kept(files, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            tiling._Passes, "_finish", lambda *_: (_ for _ in ()).throw(OSError(5, "bad"))
+            passes.Passes, "_finish", lambda *_: (_ for _ in ()).throw(OSError(5, "bad"))
         )
         with pytest.raises(Unfinished, match="bad; what is done stays in"):
             fuse_files(*PLAIN, tile=64)
@@ -456,7 +457,7 @@ def test_an_earlier_result_stays_until_the_new_one_is_there(files, monkeypatch):
     fuse_files(*PLAIN, tile=64)
     earlier = content("out.zarr")
     with monkeypatch.context() as patch:
-        patch.setattr(tiling._Job, "fuse", lambda *_: 1 / 0)
+        patch.setattr(job.Job, "fuse", lambda *_: 1 / 0)
         with pytest.raises(Unfinished, match="division by zero"):
             fuse_files(*PLAIN, "bicubic", tile=64)
     assert content("out.zarr") == earlier

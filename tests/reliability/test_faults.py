@@ -201,7 +201,7 @@ def test_damaged_marks_of_tiles_are_found_out(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unfinished work whose files were damaged since: done again or refused, never believed."""
-    from fastfusion import tiling
+    from fastfusion.tiling import passes
 
     _tiles(inputs, tmp_path / "whole.zarr")
     expected = _contents(tmp_path / "whole.zarr")
@@ -210,7 +210,7 @@ def test_damaged_marks_of_tiles_are_found_out(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiling._Passes, "_finish", stop)
+        patch.setattr(passes.Passes, "_finish", stop)
         with pytest.raises(Unfinished):
             _tiles(inputs, tmp_path / "out.zarr")
     work = tmp_path / "out.zarr.work"
