@@ -429,9 +429,7 @@ def test_a_folder_that_cannot_be_written(files, capsys):
 
 def test_unfinished_work_of_another_call_is_kept(files, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            passes.Passes, "_finish", lambda *_: (_ for _ in ()).throw(OSError(5, "bad"))
-        )
+        patch.setattr(passes.Passes, "_finish", lambda *_: (_ for _ in ()).throw(OSError(5, "bad")))
         with pytest.raises(Unfinished, match="bad; what is done stays in"):
             fuse_files(*PLAIN, tile=64)
     before = content("out.zarr.work")
