@@ -78,7 +78,8 @@ def test_online_softmax(native, part, scale) -> None:
     for order in (scores, np.sort(scores), np.sort(scores)[::-1].copy()):
         weights = native.online_softmax(order, part)
         exact = special.softmax(order.astype(np.float64))
-        assert np.max(np.abs(weights - exact)) < 2e-6 * max(1, scale / 60)
+        # The shift -max log2(e) is rounded: a factor 2^(its error), at each new maximum.
+        assert np.max(np.abs(weights - exact)) < 4e-7 + 1.2e-7 * np.abs(scores).max()
     scores[11] = np.nan
     assert np.isnan(native.online_softmax(scores, part)).all()
 
