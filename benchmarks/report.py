@@ -86,7 +86,7 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for work, entries in table.items():
-        if OURS not in entries or entries[OURS]["series"]:
+        if OURS not in entries or entries[OURS].get("series"):
             continue
         ours = entries[OURS]
         ratios = {n: e["median"] / ours["median"] for n, e in entries.items() if n != OURS}
@@ -112,7 +112,7 @@ def growth(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     times: dict[str, dict[int, float]] = {}
     for entries in table.values():
         ours = entries.get(OURS)
-        if ours and ours["series"]:
+        if ours and ours.get("series"):
             name, side = ours["series"]
             times.setdefault(name, {})[side] = 1e9 * ours["median"] / side**2
     if not times:
