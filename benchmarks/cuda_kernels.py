@@ -111,8 +111,8 @@ def section() -> list[str]:
         "Written by `make kernels` too, with nvcc and without a GPU, warnings as errors. A kernel",
         "has an instance for each element type, layout and size that it is a template over. Each",
         "cell is `the fewest to the most registers of a thread / bytes of shared memory of a",
-        "block`, over all of them; a third figure, in bold, would be bytes spilled, which tests",
-        "refuse.",
+        "block`, over all of them; a third figure, in bold, would be bytes spilled, which the",
+        "tests refuse.",
         "",
     ]
     if _build_script().find_nvcc() is None:
@@ -125,8 +125,9 @@ def section() -> list[str]:
             cells = []
             for architecture in ARCHITECTURES:
                 rows = [row for row in found[architecture] if row.kernel == kernel]
-                registers = sorted({row.registers for row in rows})
-                cell = f"{registers[0]} to {registers[-1]} / {max(row.shared for row in rows)}"
+                least, *rest = sorted({row.registers for row in rows})
+                registers = f"{least} to {rest[-1]}" if rest else str(least)
+                cell = f"{registers} / {max(row.shared for row in rows)}"
                 spilled = max(row.spilled for row in rows)
                 cells.append(f"{cell} / **{spilled}**" if spilled else cell)
             lines.append("| " + " | ".join([f"`{kernel}`", str(len(rows)), *cells]) + " |")
