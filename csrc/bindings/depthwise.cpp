@@ -11,7 +11,8 @@
 namespace fastfusion {
 namespace {
 
-Activation activation_of(const std::string& name) {
+Activation activation_of(const Word& word) {
+  const std::string& name = word.text;
   if (name == "relu") return Activation::kRelu;
   if (name == "gelu") return Activation::kGelu;
   if (name == "silu") return Activation::kSilu;
@@ -35,7 +36,7 @@ struct FilterTensors {
 };
 
 Tensor depthwise_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t row_dilation,
-                        int64_t column_dilation, std::string activation) {
+                        int64_t column_dilation, Word activation) {
   const FilterTensors filter(weight, bias, row_dilation, column_dilation);
   Tensor y = empty_image_like(x);
   FF_CALL(depthwise_conv2d)
@@ -46,7 +47,7 @@ Tensor depthwise_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(
     Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t row_dilation,
-    int64_t column_dilation, std::string activation, std::vector<bool> mask) {
+    int64_t column_dilation, Word activation, std::vector<bool> mask) {
   const FilterTensors filter(weight, bias, row_dilation, column_dilation);
   const MemoryFormat layout = layout_of(x);
   grad = torch::stable::contiguous(grad, layout);

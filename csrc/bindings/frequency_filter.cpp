@@ -302,18 +302,18 @@ Gradients circular_backward(const Tensor& grad, const Arguments& of,
 // -- the operators --------------------------------------------------------------------------------
 
 Tensor frequency_filter2d(Tensor x, Tensor mixing, Tensor kernel, MaybeTensor mixing_bias,
-                          MaybeTensor gain, MaybeTensor bias, std::string padding_mode) {
+                          MaybeTensor gain, MaybeTensor bias, Word padding_mode) {
   const Arguments of(x, mixing, kernel, mixing_bias, gain, bias);
-  const Tensor y = padding_mode == "zeros" ? zeros_forward(of) : circular_forward(of);
+  const Tensor y = padding_mode.text == "zeros" ? zeros_forward(of) : circular_forward(of);
   return result(y, x, true);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequency_filter2d_backward(
     Tensor grad, Tensor x, Tensor mixing, Tensor kernel, MaybeTensor mixing_bias, MaybeTensor gain,
-    MaybeTensor bias, std::string padding_mode, std::vector<bool> mask) {
+    MaybeTensor bias, Word padding_mode, std::vector<bool> mask) {
   const Arguments of(x, mixing, kernel, mixing_bias, gain, bias);
-  const Gradients found = padding_mode == "zeros" ? zeros_backward(wide(grad), of, mask)
-                                                  : circular_backward(wide(grad), of, mask);
+  const Gradients found = padding_mode.text == "zeros" ? zeros_backward(wide(grad), of, mask)
+                                                       : circular_backward(wide(grad), of, mask);
   const auto wanted = [&](int index) {
     return mask[index] ? result(*found[index], x, index == kX) : no_gradient(x);
   };

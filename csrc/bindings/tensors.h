@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../cpu/types.h"
@@ -15,6 +16,12 @@ namespace fastfusion {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// A word among an operator's arguments. Taken as std::string, each call would leak one: the stable
+// ABI's own conversion (as of torch 2.13) returns a copy of a string that it never deletes.
+struct Word {
+  std::string text;
+};
 
 inline Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -76,3 +83,17 @@ inline Tensor empty_tensor(const Tensor& x, const std::vector<int64_t>& shape) {
 inline Tensor no_gradient(const Tensor& x) { return empty_tensor(x, {0}); }
 
 }  // namespace fastfusion
+
+template <>
+struct torch::stable::detail::ToImpl<fastfusion::Word> {
+  static fastfusion::Word call(StableIValue value, uint64_t, bool) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    fastfusion::Word word{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return word;
+  }
+};

@@ -6,7 +6,16 @@ import json
 import os
 from pathlib import Path
 
-from tests.reliability.effort import FIGURES
+from tests.reliability.effort import FIGURES, counted
+
+
+def pytest_runtest_logreport(report):
+    """After each test, so that a run that is stopped has told what it did until then."""
+    if "FASTFUSION_TORTURE_FIGURES" not in os.environ:
+        return
+    if report.when == "call" or report.outcome == "failed":
+        counted("tests", report.outcome)
+    Path(os.environ["FASTFUSION_TORTURE_FIGURES"]).write_text(json.dumps(FIGURES, indent=1))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -16,5 +25,3 @@ def pytest_terminal_summary(terminalreporter):
     for part, things in FIGURES.items():
         figures = ", ".join(f"{number:,.10g} {thing}" for thing, number in things.items())
         terminalreporter.write_line(f"{part}: {figures}")
-    if "FASTFUSION_TORTURE_FIGURES" in os.environ:
-        Path(os.environ["FASTFUSION_TORTURE_FIGURES"]).write_text(json.dumps(FIGURES, indent=1))

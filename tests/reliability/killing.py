@@ -1,10 +1,10 @@
 """Kill long work at random moments until it is done: ``python -m tests.reliability.killing``.
 
-``train|tiles KILLS SEED FOLDER`` runs the work once undisturbed, and then in children that get
-SIGKILL after a random time, each going on where the last one was, until one comes to the end: its
-result must be, bit by bit, the undisturbed one. That again in a new folder, until there were so
-many kills. The children are forked from one process that has the libraries already, with one
-thread, so that a kill costs no start of Python. Prints what it did as JSON.
+``KILLS SEED FOLDER`` runs a training, and then a fusion in tiles, once undisturbed, and then in
+children that get SIGKILL after a random time, each going on where the last one was, until one comes
+to the end: its result must be, bit by bit, the undisturbed one. That again in a new folder, until
+there were so many kills of each. The children are forked from one process that has the libraries
+already, with one thread, so that a kill costs no start of Python. Prints what it did as JSON.
 """
 
 from __future__ import annotations
@@ -127,26 +127,18 @@ def in_child(work: Callable[[], None], seconds: float | None = None) -> int | No
         time.sleep(0.002)
 
 
-def main() -> int:
-    """See the head of this module."""
-    kind, kills, seed, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    torch.set_num_threads(1)
-    make_inputs(folder)
+def campaign(kind: str, kills: int, order: random.Random, folder: Path) -> dict[str, int]:
+    """Kill one kind of work so many times, as the head of this module says."""
     work = {"train": train, "tiles": tiles}[kind]
-    for library in ("safetensors.torch", "torchmetrics.functional.image", "zarr", "scipy.optimize"):
-        __import__(library)
-    import fastfusion.tiling
-    import fastfusion.training  # noqa: F401
-
+    whole = folder / f"{kind}-whole"
     start = time.monotonic()
-    assert in_child(lambda: work(folder, folder / "whole")) == 0, "the undisturbed run failed"
+    assert in_child(lambda: work(folder, whole)) == 0, "the undisturbed run failed"
     length = time.monotonic() - start
-    expected = content(folder / "whole")
+    expected = content(whole)
     assert expected
-    order = random.Random(seed)
-    done = {"kills": 0, "runs": 0, "resumed": 0, "left behind": 0}
+    done = {"kills": 0, "runs": 0, "resumed": 0}
     while done["kills"] < kills:
-        out = folder / f"run{done['runs']}"
+        out = folder / f"{kind}-{done['runs']}"
         kept = 0
         while True:
             # Each goes a good part of the way, so that kills fall everywhere and runs come to ends.
@@ -161,10 +153,23 @@ def main() -> int:
             done["resumed"] += now > 0
             kept = now
         assert content(out) == expected, f"another result after {done['kills']} kills"
-        done["left behind"] += len(list(out.glob(".fastfusion-*")))
         done["runs"] += 1
         shutil.rmtree(out)
-    print(json.dumps(done))
+    return done
+
+
+def main() -> int:
+    """See the head of this module."""
+    kills, seed, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    make_inputs(folder)
+    for library in ("safetensors.torch", "torchmetrics.functional.image", "zarr", "scipy.optimize"):
+        __import__(library)
+    import fastfusion.tiling
+    import fastfusion.training  # noqa: F401
+
+    order = random.Random(seed)
+    print(json.dumps({kind: campaign(kind, kills, order, folder) for kind in ("train", "tiles")}))
     return 0
 
 

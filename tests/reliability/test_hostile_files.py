@@ -86,7 +86,7 @@ def reader(place: Path) -> Iterator[Reader]:
     found.close()
 
 
-def judge(answer: dict, path: Path, part: str) -> None:
+def judge(answer: dict, path: Path) -> None:
     """The reading ended as documented."""
     assert "died" not in answer, f"the reader died: {answer['died']}"
     assert not answer["did"], answer["did"]
@@ -95,9 +95,9 @@ def judge(answer: dict, path: Path, part: str) -> None:
     if "error" in answer:
         assert DOCUMENTED & set(answer["error"]), answer
         assert "\n" not in answer["says"].strip() and path.name in answer["says"], answer
-        counted("files", f"{part} refused")
+        counted("files", "refused")
     else:
-        counted("files", f"{part} read all the same")
+        counted("files", "read all the same")
 
 
 @st.composite
@@ -141,7 +141,7 @@ def test_mutated_files(place: Path, reader: Reader, part: str) -> None:
     @given(mutations(whole, part in TEXT))
     def holds(data: bytes) -> None:
         (place / victim).write_bytes(data)
-        judge(reader.read(kind, place / name), place / name, part)
+        judge(reader.read(kind, place / name), place / name)
         counted("files", "mutated files")
 
     try:
@@ -275,7 +275,7 @@ def test_headers_that_lie(place: Path, reader: Reader, name: str) -> None:
     make(path)
     try:
         answer = reader.read(kind, path)
-        judge(answer, path, "lies")
+        judge(answer, path)
         assert "error" in answer, "a terabyte was believed"
     finally:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -299,7 +299,7 @@ def test_nothing_is_unpickled(place: Path, reader: Reader, kind: str, name: str)
     else:
         torch.save(Code(), path)
     answer = reader.read(kind, path)
-    judge(answer, path, "pickles")
+    judge(answer, path)
     assert "error" in answer
 
 
@@ -312,7 +312,7 @@ def test_names_inside_a_file_lead_nowhere(place: Path, reader: Reader) -> None:
     with zipfile.ZipFile(place / "outside.npz", "w") as archive:
         archive.write(secret, "../../secret.npy")
     reader_answer = reader.read("cube", place / "outside.npz")
-    judge(reader_answer, place / "outside.npz", "paths")
+    judge(reader_answer, place / "outside.npz")
     assert not (place.parent.parent / "secret.npy").exists()
     h5py = pytest.importorskip("h5py")
     with h5py.File(place.parent / "secret.h5", "w") as file:
@@ -320,11 +320,11 @@ def test_names_inside_a_file_lead_nowhere(place: Path, reader: Reader) -> None:
     with h5py.File(place / "link.mat", "w") as file:
         file["x"] = h5py.ExternalLink("../secret.h5", "x")
     answer = reader.read("cube", place / "link.mat")
-    judge(answer, place / "link.mat", "paths")
+    judge(answer, place / "link.mat")
     assert "error" in answer, "another file was read"
     (place / "raw").write_bytes(bytes(240))
     with h5py.File(place / "outside.mat", "w") as file:
         file.create_dataset("x", (3, 4, 5), "f4", external=[(str(place / "raw"), 0, 240)])
     answer = reader.read("cube", place / "outside.mat")
-    judge(answer, place / "outside.mat", "paths")
+    judge(answer, place / "outside.mat")
     assert "error" in answer, "another file was read"

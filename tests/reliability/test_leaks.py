@@ -14,7 +14,7 @@ from fastfusion.ops.operator import OPERATORS
 from tests.ops.cases import FIRST, Case
 from tests.reliability.effort import counted, effort, largest
 
-CALLS = effort(200, 10_000)
+CALLS = effort(100, 10_000)
 #: KiB that the resident size may grow by after the first fifth of the calls: the allocator's own
 #: doing. A leak of one small tensor a call would be over a MiB in 10,000.
 ROOM = 1024
@@ -31,8 +31,8 @@ def resident() -> int:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_the_resident_size_is_flat(case: Case, backend: str) -> None:
     if backend == "cpp" and (reason := OPERATORS[case.operator].why_no_cpp()) is not None:
         pytest.skip(f"cpp: {reason}")

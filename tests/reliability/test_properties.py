@@ -89,7 +89,7 @@ def test_parity(operator: str, backend: str) -> None:
     if backend == "triton":
         dtypes.remove(torch.float64)
 
-    @settings(max_examples=effort(12, 300 if backend != "triton" else 15))
+    @settings(max_examples=effort(9, 300 if backend != "triton" else 15))
     @given(CALLS[operator], st.sampled_from(dtypes), SEEDS, st.data())
     def holds(case: Case, dtype: torch.dtype, seed: int, data: st.DataObject) -> None:
         tensors = {name: value.to(dtype) for name, value in case.tensors(seed).items()}
@@ -200,9 +200,11 @@ def test_order_of_the_batch_and_layout_change_nothing(operator: str, backend: st
 @by_operator
 def test_gradients_are_what_finite_differences_say(operator: str, backend: str) -> None:
     skip_unless_built(operator, backend)
+    # Where saliencies tie, any step changes which coordinates are kept.
+    decided = CALLS[operator].filter(lambda case: "tiesTrue" not in case.label)
 
     @settings(max_examples=effort(5, 60))
-    @given(CALLS[operator], SEEDS)
+    @given(decided, SEEDS)
     def holds(case: Case, seed: int) -> None:
         torch.manual_seed(seed % 2**31)  # gradcheck draws its directions
         tensors = case.tensors(seed)

@@ -84,7 +84,11 @@ def run(part: Part, minutes: float, share: float) -> dict[str, str]:
                 timeout=60 * minutes,
             )
         except subprocess.TimeoutExpired:
-            outcome, tried = f"stopped after {minutes:g} minutes, unfinished", ""
+            tried, tests = _figures(figures)
+            outcome = (
+                f"stopped after {minutes:g} minutes: until then {tests.get('passed', 0):.0f} tests "
+                f"passed, {tests.get('failed', 0):.0f} failed"
+            )
         else:
             sys.stdout.write(done.stdout)
             outcome, tried = _told(part, done, figures)
@@ -112,14 +116,19 @@ def _told(part: Part, done: subprocess.CompletedProcess[str], figures: Path) -> 
         return found or "no read of what nobody wrote", tried
     failed = re.findall(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
     skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)$", done.stdout, re.MULTILINE)
-    told = json.loads(figures.read_text()) if figures.exists() else {}
-    tried = "; ".join(
-        f"{number:,.0f} {thing}" for things in told.values() for thing, number in things.items()
-    )
+    tried, _ = _figures(figures)
     outcome = "all good" if done.returncode == 0 else f"failed: {', '.join(failed) or 'no tests'}"
     if skipped:
         outcome += f" (left out: {'; '.join(sorted(set(skipped)))})"
     return outcome, tried
+
+
+def _figures(file: Path) -> tuple[str, dict[str, float]]:
+    """What was counted, in words, and how many tests there were."""
+    told = json.loads(file.read_text()) if file.exists() else {}
+    tests = told.pop("tests", {})
+    words = [f"{n:,.0f} {thing}" for things in told.values() for thing, n in things.items()]
+    return "; ".join(words), tests
 
 
 def table(rows: list[dict[str, str]]) -> str:
