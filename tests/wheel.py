@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("__init__.py", "closeness.py", "conftest.py", "ops")
 
 #: Run in each environment: what is tested must be the wheel, and its kernels must load.
 CHECK = """
@@ -85,12 +84,9 @@ def test(wheel: Path, python: str, torch: str, room: Path) -> str:
         run(*pip, f"torch=={torch}")
     except subprocess.CalledProcessError as error:
         raise NotToBeHad(f"pip finds no torch {torch} for Python {python}") from error
-    run(*pip, str(wheel), "pytest", "pytest-timeout")
-    (room / "tests").mkdir()
-    for name in COPIED:
-        source = ROOT / "tests" / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, room / "tests" / name)
+    run(*pip, str(wheel), "pytest", "pytest-timeout", "hypothesis")
+    unwanted = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tests", room / "tests", ignore=unwanted)
     print(run("-c", CHECK), end="")
     arguments = ["-q", "-p", "no:cacheprovider", "tests/ops/test_parity.py", "-k", "cpp"]
     return run("-m", "pytest", *arguments).splitlines()[-1]
