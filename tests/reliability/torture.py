@@ -70,7 +70,7 @@ def run(part: Part, minutes: float, share: float) -> dict[str, str]:
         }
         command = [sys.executable, "-m"]
         if part.target.endswith(".py"):
-            command += ["pytest", "-q", "-rs", "--timeout", "3600", part.target]
+            command += ["pytest", "-q", "-rsfE", "--timeout", "3600", part.target]
         else:
             command += [part.target, str(max(1, round(100 * share)))]
         try:
