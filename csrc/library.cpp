@@ -15,7 +15,7 @@
 namespace fastfusion {
 namespace {
 
-const char* const kNames[] = {"default", "avx2", "avx512"};
+const char* const kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
 
 Capability supported() {
 #if defined(__x86_64__)
@@ -24,6 +24,7 @@ Capability supported() {
                     __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::kAvx512Bf16;
   if (avx2 && avx512) return Capability::kAvx512;
   if (avx2) return Capability::kAvx2;
 #endif
@@ -34,11 +35,13 @@ Capability chosen() {
   const char* wish = std::getenv("FASTFUSION_CPU_CAPABILITY");
   if (wish == nullptr || *wish == '\0') return supported();
   const std::string name = wish;
-  for (Capability level : {Capability::kBaseline, Capability::kAvx2, Capability::kAvx512}) {
+  for (Capability level :
+       {Capability::kBaseline, Capability::kAvx2, Capability::kAvx512, Capability::kAvx512Bf16}) {
     if (name != kNames[static_cast<int>(level)]) continue;
     return level < supported() ? level : supported();
   }
-  STD_TORCH_CHECK(false, "FASTFUSION_CPU_CAPABILITY must be default, avx2 or avx512, got ", name);
+  STD_TORCH_CHECK(
+      false, "FASTFUSION_CPU_CAPABILITY must be default, avx2, avx512 or avx512_bf16, got ", name);
 }
 
 std::string capability_name() { return kNames[static_cast<int>(capability())]; }
@@ -46,7 +49,11 @@ std::string capability_name() { return kNames[static_cast<int>(capability())]; }
 }  // namespace
 
 Capability capability() {
-  static const Capability level = chosen();
+  static const Capability level = [] {
+    const Capability found = chosen();
+    bfloat16_instructions = found == Capability::kAvx512Bf16;
+    return found;
+  }();
   return level;
 }
 

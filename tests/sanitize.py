@@ -33,7 +33,7 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread -DFASTFUSION_OWN_THREADS -pthread", ("libtsan.so",)),
 }
 
-LEVELS = ["default", "avx2", "avx512"]
+LEVELS = ["default", "avx2", "avx512", "avx512_bf16"]
 
 #: One planted fault a sanitizer: what must be found, or its run proves nothing.
 FAULTS = {

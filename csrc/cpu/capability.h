@@ -13,10 +13,14 @@
 
 namespace fastfusion {
 
-enum class Capability { kBaseline, kAvx2, kAvx512 };
+// The last runs the code of kAvx512, which asks `bfloat16_instructions`.
+enum class Capability { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best that this CPU can run, or the lower one that FASTFUSION_CPU_CAPABILITY names.
 Capability capability();
+
+// Whether AVX-512's conversion to bfloat16 may be used; known once `capability` has been called.
+inline bool bfloat16_instructions = false;
 
 }  // namespace fastfusion
 
@@ -34,7 +38,7 @@ Capability capability();
   }                      \
   }
 #define FF_CALL(function)                                          \
-  (::fastfusion::capability() == ::fastfusion::Capability::kAvx512 \
+  (::fastfusion::capability() >= ::fastfusion::Capability::kAvx512 \
        ? ::fastfusion::avx512::function                            \
    : ::fastfusion::capability() == ::fastfusion::Capability::kAvx2 \
        ? ::fastfusion::avx2::function                              \

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "capability.h"
 #include "types.h"
 
 #if defined(__x86_64__)
@@ -185,6 +186,14 @@ FF_INLINE void store(T* to, Vector<Accumulator<T>> v) {
     for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow<Half>(v[lane]);
 #endif
   } else {
+#if defined(__AVX512F__)
+    // It makes 0 of subnormal numbers (below 1.2e-38), which torch keeps.
+    if (bfloat16_instructions) {
+      __m256i bits;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+      return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+    }
+#endif
     const VectorU bits = bit_cast<VectorU>(v);
     VectorU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     rounded = v == v ? rounded : VectorU{} + 0x7fc0u;

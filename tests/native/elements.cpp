@@ -56,9 +56,10 @@ Array<float> widen_py(Array<uint16_t> bits, int count) {
 }
 
 template <typename T>
-Array<uint16_t> narrow_py(Array<float> x, int count) {
+Array<uint16_t> narrow_py(Array<float> x, int count, bool instructions) {
   Array<uint16_t> bits(x.size());
   T* to = reinterpret_cast<T*>(bits.mutable_data());
+  bfloat16_instructions = instructions;
   for (int64_t i = 0; i < x.size(); i += std::max(count, 1)) {
     const float* from = x.data() + i;
     if (count == 0)
@@ -68,6 +69,7 @@ Array<uint16_t> narrow_py(Array<float> x, int count) {
     else
       store(to + i, load(from, count), count);
   }
+  bfloat16_instructions = false;
   return bits;
 }
 

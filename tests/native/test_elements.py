@@ -53,9 +53,29 @@ def test_narrowing_rounds_to_even(native, kind) -> None:
     x = x[: x.size // 48 * 48]
     exact = torch.from_numpy(x).to(dtype)
     for count in ways(native):
-        found = getattr(native, f"narrow_{kind}")(x, count)
+        found = getattr(native, f"narrow_{kind}")(x, count, False)
         got = torch.from_numpy(found.view(np.int16)).view(dtype)
         torch.testing.assert_close(got, exact, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_processors_own_narrowing(native) -> None:
+    cpus = Path("/proc/cpuinfo")
+    if not (cpus.exists() and " avx512_bf16" in cpus.read_text()):
+        pytest.skip("this processor has no conversion to bfloat16")
+    bits = np.random.default_rng(1).integers(0, 1 << 32, 1 << 15, dtype=np.uint64)
+    x = bits.astype(np.uint32).view(np.float32)
+    x[:4] = [np.inf, -np.inf, np.nan, -0.0]
+    exact = torch.from_numpy(x).bfloat16()
+    for count in (native.lanes, 3):
+        size = x.size // count * count
+        found = native.narrow_bfloat16(x[:size], count, True)
+        got = torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
+        normal = torch.from_numpy(~(np.abs(x[:size]) < np.finfo(np.float32).tiny))
+        torch.testing.assert_close(
+            got[normal], exact[:size][normal], rtol=0, atol=0, equal_nan=True
+        )
+        if native.lanes == 16:  # only then is it asked
+            assert not got[~normal].any()
 
 
 def test_exp_and_erf(native) -> None:

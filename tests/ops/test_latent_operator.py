@@ -194,7 +194,7 @@ def test_solver_keeps_its_digits_for_large_values() -> None:
     assert (gap <= 1e-7 * z.double().abs() + 3e-5).all()
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(capability: str) -> None:
     """The choice is made once a process: each has its own."""
     code = (
