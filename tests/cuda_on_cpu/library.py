@@ -20,6 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
+#: Whether the backend "cuda" takes CPU tensors in this process.
+installed = False
+
 
 def build_script() -> ModuleType:
     """csrc/build.py."""
@@ -81,7 +84,9 @@ def install(library: Path) -> None:
     """Load the library and let every operator's CUDA kernels take CPU tensors by name."""
     from fastfusion.ops.operator import OPERATORS
 
+    global installed
     torch.ops.load_library(str(library))
+    installed = True
 
     def reason(*args: object) -> str | None:
         x = args[0]

@@ -7,7 +7,6 @@ Of the kernels those in C++ are tested, and under TRITON_INTERPRET=1 those in Tr
 from __future__ import annotations
 
 import os
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +19,11 @@ from fastfusion.ops import haar
 from fastfusion.ops.haar import spectral_maxima, spectral_mix
 from fastfusion.ops.operator import OPERATORS, triton_installed
 from tests.closeness import assert_close, relative_error
+from tests.cuda_on_cpu import library
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA_ON_CPU = "tests.cuda_on_cpu.library" in sys.modules
+CUDA_ON_CPU = library.installed
 KERNELS = "triton" if INTERPRETED else "cuda" if CUDA_ON_CPU else "cpp"
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16),
