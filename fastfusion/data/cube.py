@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from fastfusion.ops import checks
-
 
 @dataclass(eq=False)
 class Cube:
@@ -90,8 +88,8 @@ class Cube:
         """
         if peak is None:
             peak = max(_largest_finite(self.data[band]) for band in range(self.bands))
-        else:
-            checks.number("peak", peak)
+        elif isinstance(peak, bool) or not isinstance(peak, (int, float)):
+            raise TypeError(f"peak must be a number, got {type(peak).__name__}")
         if not (np.isfinite(peak) and peak > 0):
             raise ValueError(f"peak must be positive and finite, got {peak}")
         data = np.asarray(self.data).astype(np.float32) / np.float32(peak)

@@ -107,7 +107,7 @@ class TestCube:
 
     @pytest.mark.parametrize("peak", [0, -1, np.nan, np.inf])
     def test_normalized_refuses_a_useless_peak(self, peak):
-        with pytest.raises(ValueError, match=r"peak must be (positive|finite)"):
+        with pytest.raises(ValueError, match="peak must be positive"):
             make_cube().normalized(peak)
 
     def test_normalized_refuses_an_all_dark_cube(self):
