@@ -193,11 +193,13 @@ def write(data: dict[str, Any], target: Path) -> None:
         f"{first['matrix_rate'] / 1e9:.0f} GFLOP/s.",
         "",
         "float32, 1 x 64 x 256 x 256 unless the row says otherwise. Medians of interleaved rounds "
-        "in one process. The floor is the larger of bytes over the copy's bandwidth and FLOPs over "
-        "the product's rate, each input read once and each output written once. A row stands here "
-        "only when the operator's parity tests pass. Under *targets*, a figure in bold is what was "
-        "reached where the target was missed; `best` is against the best of all others. What "
-        "bounds a row that misses, and what was tried, stands on the operator's page: "
+        "in one process, which keeps the memory that it frees (`machine.keep_freed_memory`): else "
+        "large results would time the system's fresh pages. The floor is the larger of bytes over "
+        "the copy's bandwidth and FLOPs over the product's rate, each input read once and each "
+        "output written once. A row stands here only when the operator's parity tests pass. Under "
+        "*targets*, a figure in bold is what was reached where the target was missed; `best` "
+        "is against the best of all others. What bounds a row that misses, and what was tried, "
+        "stands on the operator's page: "
         "[latent operator](operators/latent_operator.md), "
         "[depthwise convolution and the attentions](operators/depthwise.md), "
         "[frequency filter](operators/frequency_filter.md), "

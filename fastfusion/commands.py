@@ -501,8 +501,9 @@ def train(asked: argparse.Namespace) -> None:
 
 def bench(asked: argparse.Namespace) -> None:
     """Time the operators; a table, and with a folder JSON, CSV and an HTML page."""
-    from fastfusion import benchmarking, reports
+    from fastfusion import benchmarking, machine, reports
 
+    machine.keep_freed_memory()  # else large rows time the system's fresh pages
     before = None if asked.compare is None else _earlier_run(Path(asked.compare))
     if asked.out is not None:
         need("matplotlib", extra="plot", purpose="drawing the page")

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Limits", "clock", "describe", "limits", "peak_memory", "processor"]
+__all__ = [
+    "Limits",
+    "clock",
+    "describe",
+    "keep_freed_memory",
+    "limits",
+    "peak_memory",
+    "processor",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +80,22 @@ def limits(device: str = "cpu") -> Limits:
     a, b = torch.rand(2, 2048, 2048, device=device)
     product = median(lambda: a @ b)
     return Limits(2 * source.nbytes / copy, 2 * 2048**3 / product)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, for its next tensors (Linux with glibc).
+
+    By default glibc takes each large block from the system anew, 4 KB by 4 KB, and gives it back
+    when it is freed. A large result can cost more in such fresh pages than in its computation.
+
+    Returns:
+        Whether it was done. It holds until the process ends and cannot be taken back.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    never_map, never_trim = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of <malloc.h>
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    return all(mallopt(*setting) == 1 for setting in (never_map, never_trim))
 
 
 def processor() -> str:
