@@ -3,6 +3,7 @@
 // Torch's transforms and matrix products, the depthwise kernels, and what lies between them.
 #include "../cpu/frequency_filter.h"
 
+#include <algorithm>
 #include <array>
 #include <string>
 
@@ -55,8 +56,25 @@ Tensor with_gain(const Tensor& kernel, const MaybeTensor& gain) {
 
 // -- zeros: half spectra --------------------------------------------------------------------------
 
-// Planes are transformed one by one, by the threads that go on with them: what torch's transforms
-// give for many at once depends, in the last bit, on the number of threads.
+// Planes are transformed by the threads that go on with them, one by one, small ones in groups
+// that depend on their size alone: what torch's transforms give for many at once depends, in the
+// last bit, on the number of threads.
+constexpr int64_t kGroupPixels = 1024;
+
+// run(first plane, number of planes) for each group.
+template <class Run>
+void each_group(int64_t planes, const SpectrumShape& shape, const Run& run) {
+  const int64_t size = std::max<int64_t>(1, kGroupPixels / (shape.rows * shape.columns));
+  parallel_for(0, (planes + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * size; first < std::min(end * size, planes); first += size)
+      run(first, std::min(size, planes - first));
+  });
+}
+
+char* plane_of(const Tensor& planes, int64_t index) {
+  const int64_t size = planes.numel() / planes.size(0) * (is_double(planes) ? 8 : 4);
+  return static_cast<char*>(planes.data_ptr()) + index * size;
+}
 
 // Where the real (0) or imaginary part of a plane lies among the parts (B, 2, C, H, K).
 void* part_of(const Tensor& parts, int64_t plane, int64_t part) {
@@ -71,19 +89,20 @@ Tensor parts_of(const Tensor& x, double edge, double inner) {
   const int64_t planes = x.size(0) * x.size(1);
   const Tensor flat = shaped(x, {planes, shape.rows, shape.columns});
   const Tensor parts = empty_tensor(x, {x.size(0), 2, x.size(1), shape.rows, shape.bins()});
-  parallel_for(0, planes, 1, [&](int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const Tensor spectrum = torch::stable::contiguous(as_real(
-          call("aten::_fft_r2c", "", select(flat, 0, plane), Sizes{0, 1}, kNotScaled, true)));
+  each_group(planes, shape, [&](int64_t first, int64_t count) {
+    const Tensor some = call("aten::narrow", "", flat, int64_t{0}, first, count);
+    const Tensor spectra = torch::stable::contiguous(
+        as_real(call("aten::_fft_r2c", "", some, Sizes{1, 2}, kNotScaled, true)));
+    for (int64_t i = 0; i < count; ++i) {
       FF_CALL(spectrum_parts)
-      (is_double(x), shape, spectrum.data_ptr(), edge, inner, part_of(parts, plane, 0),
-       part_of(parts, plane, 1));
+      (is_double(x), shape, plane_of(spectra, i), edge, inner, part_of(parts, first + i, 0),
+       part_of(parts, first + i, 1));
     }
   });
   return parts;
 }
 
-// Complex numbers (rows, columns, 2) transformed back along one of the first two dimensions.
+// Complex numbers (planes, rows, columns, 2) transformed back along rows or columns.
 Tensor inverted(const Tensor& x, int64_t dim, int64_t scaling) {
   const Tensor y = call("aten::_fft_c2c", "", as_complex(x), Sizes{dim}, scaling, false);
   // Torch gives columns back as rows. Turned as complex numbers it takes a third of the time that
@@ -96,20 +115,21 @@ Tensor image_of(const Tensor& parts, int64_t width, double edge, double inner, i
   const SpectrumShape shape{parts.size(3), width};
   const int64_t planes = parts.size(0) * parts.size(2);
   const Tensor image = empty_tensor(parts, {parts.size(0), parts.size(2), shape.rows, width});
-  const int64_t bytes = shape.rows * width * (is_double(parts) ? 8 : 4);
-  parallel_for(0, planes, 1, [&](int64_t first, int64_t last) {
-    const Tensor spectrum = empty_tensor(parts, {shape.rows, shape.bins(), 2});
-    const Tensor pairs = empty_tensor(parts, {shape.pairs(), width, 2});
-    for (int64_t plane = first; plane < last; ++plane) {
+  const Tensor flat = shaped(image, {planes, shape.rows, width});
+  each_group(planes, shape, [&](int64_t first, int64_t count) {
+    const Tensor spectra = empty_tensor(parts, {count, shape.rows, shape.bins(), 2});
+    const Tensor pairs = empty_tensor(parts, {count, shape.pairs(), width, 2});
+    for (int64_t i = 0; i < count; ++i) {
       FF_CALL(spectrum_of_parts)
-      (is_double(parts), shape, part_of(parts, plane, 0), part_of(parts, plane, 1), edge, inner,
-       spectrum.data_ptr());
-      const Tensor rows = inverted(spectrum, 0, scaling);
-      FF_CALL(spectrum_pairs)(is_double(parts), shape, rows.data_ptr(), pairs.data_ptr());
-      const Tensor y = inverted(pairs, 1, scaling);
-      FF_CALL(paired_rows)
-      (is_double(parts), shape, y.data_ptr(), static_cast<char*>(image.data_ptr()) + plane * bytes);
+      (is_double(parts), shape, part_of(parts, first + i, 0), part_of(parts, first + i, 1), edge,
+       inner, plane_of(spectra, i));
     }
+    const Tensor rows = inverted(spectra, 1, scaling);
+    for (int64_t i = 0; i < count; ++i)
+      FF_CALL(spectrum_pairs)(is_double(parts), shape, plane_of(rows, i), plane_of(pairs, i));
+    const Tensor y = inverted(pairs, 2, scaling);
+    for (int64_t i = 0; i < count; ++i)
+      FF_CALL(paired_rows)(is_double(parts), shape, plane_of(y, i), plane_of(flat, first + i));
   });
   return image;
 }
