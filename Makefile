@@ -125,7 +125,7 @@ triton-versions: $(VENV)/dev.done
 	  case $$version in 3.6*) numpy=numpy==2.2.6;; *) numpy=;; esac; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$version triton==$$version $$numpy; \
 	  echo "Triton $$version"; export PYTHONPATH=build/triton-$$version:.; \
-	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:warnings tests/ops/test_parity.py -k "triton and float32"; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:warnings -p tests.ops.interpreter tests/ops/test_parity.py -k "triton and float32"; \
 	  FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k "compiles and ($(TRITON_GATE))"; \
 	done
 

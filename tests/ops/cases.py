@@ -380,3 +380,9 @@ def _internal() -> list[Case]:
 INTERNAL: list[Case] = _internal()
 #: The first case of each operator, for what need not run over all.
 FIRST: list[Case] = list({case.operator: case for case in reversed(CASES)}.values())
+#: The first two of each: for most an even and an odd size.
+FIRST_TWO: list[Case] = [
+    case
+    for first in FIRST
+    for case in [other for other in CASES if other.operator == first.operator][:2]
+]

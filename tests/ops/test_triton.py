@@ -23,6 +23,7 @@ from fastfusion.ops.operator import OPERATORS
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTEST = ("-m", "pytest", "-x", "-p", "no:warnings", "-p", "tests.ops.interpreter")
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("fastfusion/ops/*/kernels.py"))
 
 pytestmark = [
@@ -57,20 +58,14 @@ def interpreted(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_parity_through_the_interpreter(folder: str) -> None:
     names = " or ".join(f"triton-{name}" for name in operators(folder))
-    done = interpreted(
-        "-m", "pytest", "-x", "-p", "no:warnings", "tests/ops/test_parity.py", "-k", names
-    )
+    done = interpreted(*PYTEST, "tests/ops/test_parity.py", "-k", names)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
 def test_first_stage_through_the_interpreter() -> None:
     done = interpreted(
-        "-m",
-        "pytest",
-        "-x",
-        "-p",
-        "no:warnings",
+        *PYTEST,
         "tests/ops/test_haar.py",
         "-k",
         "not long and (float32 or parts or equal or some or special or strides)",
@@ -89,9 +84,7 @@ def test_the_other_tritons(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     done = interpreted("-c", "import triton; print(triton.__version__)")
     assert done.stdout.strip() == folder.name.removeprefix("triton-")
     names = "triton-haar and (float32 or layout and channels_last)"
-    done = interpreted(
-        "-m", "pytest", "-x", "-p", "no:warnings", "tests/ops/test_parity.py", "-k", names
-    )
+    done = interpreted(*PYTEST, "tests/ops/test_parity.py", "-k", names)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
