@@ -57,6 +57,14 @@ TABLE["depthwise_conv2d"] = {
 }
 TABLE["large_kernel_attention"] = {"all": {ANY: Choice("cuda", _WINDOW)}}
 TABLE["multiscale_attention"] = {"all": {ANY: Choice("cuda", _WINDOW)}}
+TABLE["trigonometric_solve"] = {"all": {ANY: Choice("cuda", _MEMORY)}}
+for _name in ("latent_encode", "latent_decode", "latent_operator"):
+    TABLE[_name] = {
+        "float32": {
+            ANY: Choice("cuda", "head by head, half the products, none of them done three times")
+        },
+        "half": {ANY: Choice("triton", "one TF32 product on the matrix units, several times FMA")},
+    }
 
 
 def _everything(*args: Any) -> str:
@@ -70,8 +78,15 @@ def _depthwise(x: Tensor, weight: Tensor, *rest: Any) -> str:
     return "band" if planar and min(weight.shape[-2:]) >= pays_from else "direct"
 
 
+def _precision(x: Tensor, *rest: Any) -> str:
+    return "float32" if x.dtype == torch.float32 else "half"
+
+
 #: The shape class of a call, for the operators that have more than one.
-SHAPE_CLASSES: dict[str, Callable[..., str]] = {"depthwise_conv2d": _depthwise}
+SHAPE_CLASSES: dict[str, Callable[..., str]] = {
+    "depthwise_conv2d": _depthwise,
+    **dict.fromkeys(("latent_encode", "latent_decode", "latent_operator"), _precision),
+}
 
 
 def choose(operator: str, *args: Any) -> Choice:

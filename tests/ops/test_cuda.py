@@ -47,13 +47,27 @@ def test_parity_on_the_host_runtime() -> None:
 
 @needs_compiler
 @pytest.mark.timeout(900)
-def test_the_first_stage_on_the_host_runtime() -> None:
+def test_beyond_the_matrix_on_the_host_runtime() -> None:
+    stage = (
+        "(test_maxima or test_mixture) and float32 or parts or equal or maxima_without or special"
+    )
+    latent = "not (threads or instruction or 2-17 or 2-40)"
     done = on_the_host_runtime(
         "tests/ops/test_haar.py",
+        "tests/ops/test_latent_operator.py",
         "-k",
-        "(test_maxima or test_mixture) and float32 or parts or equal or maxima_without or special",
+        f"test_haar and ({stage}) or test_latent_operator and {latent}",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_what_the_latent_operator_declines() -> None:
+    from fastfusion.ops.latent_operator import _too_large
+
+    assert _too_large(256, 4, 64) is None  # test_latent_operator.py runs these
+    assert "up to 256 channels, got 260" in (_too_large(260, 10, 4) or "")
+    assert "up to 64 channels a head, got 65" in (_too_large(130, 2, 4) or "")
+    assert "up to 64 tokens, got 65" in (_too_large(64, 8, 65) or "")
 
 
 def test_the_table_names_each_operator_that_has_both_backends() -> None:

@@ -1,4 +1,8 @@
-"""The latent operator's C++ kernels where the shared matrix does not reach."""
+"""The latent operator's compiled kernels where the shared matrix does not reach.
+
+Those for CPUs, or, where pytest was given ``-p tests.cuda_on_cpu.library`` (test_cuda.py does so),
+those for CUDA.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,10 @@ from torch import Tensor
 from fastfusion import ops
 from fastfusion.ops.operator import OPERATORS
 from tests.closeness import assert_close
+from tests.cuda_on_cpu import library
 
-reason = OPERATORS["latent_operator"].why_no_cpp()
+BACKEND = "cuda" if library.installed else "cpp"
+reason = None if BACKEND == "cuda" else OPERATORS["latent_operator"].why_no_cpp()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"cpp: {reason}")
 
 
@@ -55,7 +61,7 @@ def run(x: Tensor, values: dict[str, Tensor], backend: str, **options: Any) -> l
 def check(x: Tensor, values: dict[str, Tensor], **options: Any) -> None:
     exact = run(x.double(), {n: v.double() for n, v in values.items()}, "reference", **options)
     names = ["output", "x", *values]
-    for name, result, truth in zip(names, run(x, values, "cpp", **options), exact, strict=True):
+    for name, result, truth in zip(names, run(x, values, BACKEND, **options), exact, strict=True):
         # The keys' bias has no gradient: its error is measured by that of the keys' weight.
         key_weight = exact[names.index("key_weight")].norm().item()
         scale = key_weight if name == "key_bias" else None
@@ -94,6 +100,10 @@ def test_any_number_of_channels(channels: int, heads: int, patch: int) -> None:
     check(image(1, channels, 17, 20), parameters(channels, heads, 4, 3), patch_size=patch)
 
 
+def test_as_much_as_the_cuda_kernels_take() -> None:
+    check(image(1, 256, 3, 5), parameters(256, 4, 64, 2), patch_size=4)
+
+
 @pytest.mark.parametrize("patch", [4, None])
 def test_no_basis_leaves_the_latents(patch: int | None) -> None:
     values = parameters(8, 2, 3, 0)
@@ -107,7 +117,7 @@ def test_large_scores_neither_overflow_nor_vanish(patch: int | None) -> None:
     values["prompts"] = 300 * values["prompts"]
     ramp = torch.linspace(-2, 2, 80 * 64).view(1, 1, 80, 64)
     x = image(1, 8, 80, 64) * 0.2 + ramp
-    y = ops.latent_operator(x, **values, patch_size=patch, backend="cpp")
+    y = ops.latent_operator(x, **values, patch_size=patch, backend=BACKEND)
     exact = ops.latent_operator(
         x.double(),
         **{n: v.double() for n, v in values.items()},
@@ -123,7 +133,7 @@ def test_special_values_stay_in_their_patch(value: float, patch: int) -> None:
     x = image(1, 8, 32, 48)
     x[0, 3, 5, 21] = value
     values = parameters(8, 2, 3, 4)
-    y = ops.latent_operator(x, **values, patch_size=patch, backend="cpp")
+    y = ops.latent_operator(x, **values, patch_size=patch, backend=BACKEND)
     touched = torch.zeros(32, 48, dtype=torch.bool)
     top, left = 5 // patch * patch, 21 // patch * patch
     touched[top : top + patch, left : left + patch] = True
@@ -135,10 +145,10 @@ def test_special_values_stay_in_their_patch(value: float, patch: int) -> None:
 @pytest.mark.parametrize("wanted", ["x", "query_weight", "sine"])
 def test_one_gradient_alone(patch: int | None, wanted: str) -> None:
     x, values = image(1, 8, 20, 20), parameters(8, 2, 3, 4)
-    whole = dict(zip(["y", "x", *values], run(x, values, "cpp", patch_size=patch), strict=True))
+    whole = dict(zip(["y", "x", *values], run(x, values, BACKEND, patch_size=patch), strict=True))
     inputs = {"x": x, **values}
     inputs[wanted] = inputs[wanted].detach().requires_grad_()
-    y = ops.latent_operator(**inputs, patch_size=patch, backend="cpp")
+    y = ops.latent_operator(**inputs, patch_size=patch, backend=BACKEND)
     (gradient,) = torch.autograd.grad(y, [inputs[wanted]], image(*y.shape, seed=2))
     assert torch.equal(gradient, whole[wanted])
 
@@ -152,7 +162,7 @@ def test_threads_change_no_bit(patch: int | None, layout: torch.memory_format) -
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(run(x, values, "cpp", patch_size=patch))
+            results.append(run(x, values, BACKEND, patch_size=patch))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -162,9 +172,9 @@ def test_threads_change_no_bit(patch: int | None, layout: torch.memory_format) -
 @pytest.mark.parametrize("patch", [4, None])
 def test_layouts_agree(patch: int | None) -> None:
     x, values = image(2, 20, 19, 23), parameters(20, 4, 3, 4)
-    plain = ops.latent_operator(x, **values, patch_size=patch, backend="cpp")
+    plain = ops.latent_operator(x, **values, patch_size=patch, backend=BACKEND)
     last = x.contiguous(memory_format=torch.channels_last)
-    y = ops.latent_operator(last, **values, patch_size=patch, backend="cpp")
+    y = ops.latent_operator(last, **values, patch_size=patch, backend=BACKEND)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, plain)
 
@@ -173,12 +183,12 @@ def test_layouts_agree(patch: int | None) -> None:
 def test_whole_is_its_steps(patch: int | None) -> None:
     x, v = image(2, 8, 33, 18), parameters(8, 2, 3, 9, offset=True)
     keys = ("prompts", "key_weight", "key_bias", "value_weight", "value_bias")
-    latents = ops.latent_encode(x, *(v[k] for k in keys), patch_size=patch, backend="cpp")
-    solved = ops.trigonometric_solve(latents, v["sine"], v["cosine"], v["offset"], backend="cpp")
+    latents = ops.latent_encode(x, *(v[k] for k in keys), patch_size=patch, backend=BACKEND)
+    solved = ops.trigonometric_solve(latents, v["sine"], v["cosine"], v["offset"], backend=BACKEND)
     y = ops.latent_decode(
-        x, solved, v["query_weight"], v["query_bias"], patch_size=patch, heads=2, backend="cpp"
+        x, solved, v["query_weight"], v["query_bias"], patch_size=patch, heads=2, backend=BACKEND
     )
-    assert_close(ops.latent_operator(x, **v, patch_size=patch, backend="cpp"), y, 1e-6, "output")
+    assert_close(ops.latent_operator(x, **v, patch_size=patch, backend=BACKEND), y, 1e-6, "output")
 
 
 def test_solver_keeps_its_digits_for_large_values() -> None:
@@ -188,7 +198,7 @@ def test_solver_keeps_its_digits_for_large_values() -> None:
     exact = ops.trigonometric_solve(
         z.double(), sine.double(), cosine.double(), squash=False, backend="reference"
     )
-    y = ops.trigonometric_solve(z, sine, cosine, squash=False, backend="cpp")
+    y = ops.trigonometric_solve(z, sine, cosine, squash=False, backend=BACKEND)
     # z itself, up to 1e6, stands in the sum and rounds with it.
     gap = (y.double() - exact).abs()
     assert (gap <= 1e-7 * z.double().abs() + 3e-5).all()

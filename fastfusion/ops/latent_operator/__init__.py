@@ -134,6 +134,23 @@ operator.add_triton(
 )
 
 
+def _too_large(channels: int, heads: int, tokens: int) -> str | None:
+    """What does not fit into a block's shared memory, even with four pixels at a time."""
+    if channels > 256:
+        return f"its kernels take up to 256 channels, got {channels}"
+    if channels // heads > 64:
+        return f"its kernels take up to 64 channels a head, got {channels // heads}"
+    return f"its kernels take up to 64 tokens, got {tokens}" if tokens > 64 else None
+
+
+encode.add_cuda(why_not=lambda x, prompts, *rest: _too_large(x.shape[1], *prompts.shape[:2]))
+solve.add_cuda()
+decode.add_cuda(
+    why_not=lambda x, z, qw, qb, heads, *rest: _too_large(x.shape[1], heads, z.shape[2])
+)
+operator.add_cuda(why_not=lambda x, prompts, *rest: _too_large(x.shape[1], *prompts.shape[:2]))
+
+
 def _check_image(x: object) -> None:
     checks.tensor("x", x, dims=4, shape=_IMAGE)
 
