@@ -247,7 +247,8 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(files, capsys):
         assert done.returncode == -signal.SIGKILL
         assert not Path("out.zarr").exists() and not list(files.glob(".*"))
     # A chunk that was being written leaves this, and the last tile's chunks are doubled.
-    stray = Path("out.zarr.work/result.zarr/c/0/0/0.0123.partial")
+    chunk = next(path for path in Path("out.zarr.work/result.zarr/c").rglob("*") if path.is_file())
+    stray = chunk.with_name(f"{chunk.name}.0123.partial")
     stray.write_bytes(b"half")
     marks = len(list(Path("out.zarr.work/fuse").glob("*.npz")))
     assert 3 <= marks <= 5

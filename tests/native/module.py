@@ -38,17 +38,13 @@ def _runs_here(capability: str) -> bool:
     return all(f" {flag}" in flags for flag in needed)
 
 
-def load(source: Path, capability: str) -> ModuleType:
-    """The module that ``source`` defines, compiled for ``capability``; skips where it cannot be."""
-    pybind11 = pytest.importorskip("pybind11")
+def _command(source: Path, capability: str) -> list[str]:
+    """How ``source`` is compiled for ``capability``, without the name of what comes out."""
+    import pybind11
+
     script = _build_script()
-    compiler = script.find_compiler()
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    if capability not in script.CAPABILITIES or not _runs_here(capability):
-        pytest.skip(f"this processor has no {capability}")
-    command = [
-        *compiler,
+    return [
+        *script.find_compiler(),
         *(flag for flag in script.FLAGS if flag not in ("-Wall", "-Wextra")),
         *(flag for flag in script.CAPABILITIES[capability] if not flag.startswith("-O")),
         "-O1",
@@ -59,6 +55,10 @@ def load(source: Path, capability: str) -> ModuleType:
         f"-I{sysconfig.get_paths()['include']}",
         str(source),
     ]
+
+
+def _target(source: Path, command: list[str]) -> Path:
+    """Where the module is kept: one place for each content of the sources it is made of."""
     digest = hashlib.sha256(" ".join([sys.version, *command]).encode())
     included = re.findall(r'#include "(\w+\.cpp)"', source.read_text())
     kernels = [CSRC / "cpu" / name for name in included]
@@ -66,14 +66,38 @@ def load(source: Path, capability: str) -> ModuleType:
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"fastfusion-native-tests-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
-    name = f"{source.stem}_native"
-    target = cache / f"{name}_{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-4000:]
+    return cache / f"{source.stem}_native_{digest.hexdigest()[:16]}.so"
+
+
+def _compile(source: Path, capabilities: list[str]) -> None:
+    """Compile for all of them at once: each takes one core for ten seconds and more."""
+    compilers = []
+    for capability in capabilities:
+        command = _command(source, capability)
+        target = _target(source, command)
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}")
+            compiler = subprocess.Popen(
+                [*command, "-o", str(unfinished)], stderr=subprocess.PIPE, text=True
+            )
+            compilers.append((compiler, unfinished, target))
+    for compiler, unfinished, target in compilers:
+        _, said = compiler.communicate()
+        assert compiler.returncode == 0, said[-4000:]
         unfinished.replace(target)
-    spec = importlib.util.spec_from_file_location(name, target)
+
+
+def load(source: Path, capability: str) -> ModuleType:
+    """The module that ``source`` defines, compiled for ``capability``; skips where it cannot be."""
+    pytest.importorskip("pybind11")
+    script = _build_script()
+    if script.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    if capability not in script.CAPABILITIES or not _runs_here(capability):
+        pytest.skip(f"this processor has no {capability}")
+    _compile(source, [name for name in script.CAPABILITIES if _runs_here(name)])
+    target = _target(source, _command(source, capability))
+    spec = importlib.util.spec_from_file_location(f"{source.stem}_native", target)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

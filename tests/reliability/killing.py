@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.reliability.effort import effort
+
 TINY = {"width": 8, "heads": 2, "tokens": 2, "basis": 3, "guide_width": 8, "guide_blocks": 1}
 
 
@@ -41,9 +43,11 @@ def make_inputs(folder: Path) -> None:
     write_cube(folder / "msi.npy", Cube(hr_msi.numpy()))
 
 
-def recipe(folder: Path, epochs: int = 20):
-    """A training that takes a second or two."""
+def recipe(folder: Path, epochs: int | None = None):
+    """A training that takes a second or two, or less in the short profile."""
     from fastfusion.training import Recipe
+
+    epochs = effort(6, 20) if epochs is None else epochs
 
     return Recipe(
         options=TINY,
