@@ -193,6 +193,11 @@ def _self_trained(kind: str, lr_hsi: Tensor, hr_msi: Tensor, **options: Any) -> 
         # Never worse than what it starts from, and never in silence.
         warnings.warn(f"the result is that of regression: {trained.stopped}", stacklevel=4)
         return trained.prior
+    warnings.warn(
+        f"trained on the pair itself: {trained.gain:+.2f} dB over regression where the HSI was "
+        "degraded once more; at full resolution it may be worse than regression",
+        stacklevel=4,
+    )
     pair = lr_hsi[0], hr_msi[0]
     return _refined(trained.model, trained.closed_form, trained.prior[0], *pair)[None]
 

@@ -41,7 +41,7 @@ from fastfusion.data.sensors import Degradation, apply_srf, read_srf, wald
 from fastfusion.evaluation import Case, case_of, csv_table
 from fastfusion.losses import CoFusionLoss, RelativeLoss
 from fastfusion.models.base import ResidualModel, check_weights, read_checkpoint, write_checkpoint
-from fastfusion.models.regression import RegressionModel, check_pair, regression
+from fastfusion.models.regression import RegressionModel, check_pair
 from fastfusion.ops import checks
 
 __all__ = [
@@ -965,7 +965,9 @@ def train_on_pair(
     target = lr_hsi[0, :, : rows * scale, : columns * scale]
     low_msi = fitted.degradation(hr_msi)[0, :, : rows * scale, : columns * scale]
     low_hsi = fitted.degradation(target)
-    low_prior = regression(low_hsi, low_msi, srf=fitted.srf.to(lr_hsi), psf=fitted.degradation)
+    response = fitted.srf.to(lr_hsi)
+    coarse = RegressionModel.fit(low_hsi, low_msi, srf=response, psf=fitted.degradation)
+    low_prior = coarse.apply(low_hsi, low_msi).clamp_(0, 1)
     pair = Sample(low_hsi, low_msi, target, low_prior, error_of(low_prior, target))
     training, judging = _divided(pair, scale, cut, dim=1 if rows >= columns else 2)
 
@@ -995,7 +997,16 @@ def train_on_pair(
         trainer.run(show, keep)
     if best is None:
         return SelfTrained(None, fitted, prior, 0.0, "training gained nothing over the closed form")
+    # It says its correction in units of the closed form's errors, which may be smaller here.
+    smaller = _missing(fitted, lr_hsi[0], hr_msi[0]) / _missing(coarse, low_hsi, low_msi)
+    best.error_axes.mul_(min(1.0, smaller))
     return SelfTrained(best.eval(), fitted, prior, best_gain)
+
+
+def _missing(closed_form: RegressionModel, lr_hsi: Tensor, hr_msi: Tensor) -> float:
+    """What the maps leave of the HSI, root mean square: its errors can be seen there alone."""
+    before_refining = dataclasses.replace(closed_form, iterations=0).apply(lr_hsi, hr_msi)
+    return (lr_hsi - closed_form.degradation(before_refining)).square().mean().sqrt().item()
 
 
 def _divided(pair: Sample, scale: int, cut: int, dim: int) -> tuple[Sample, Sample]:

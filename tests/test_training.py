@@ -425,7 +425,12 @@ def test_trained_on_the_pair_itself():
         trained = train_on_pair("LSO", lr_hsi, hr_msi, **sensors, **TINY)
     assert trained.model is not None and trained.stopped is None
     assert 20 < trained.gain < 60
-    assert_equal(trained.model.state_dict(), seen[1])
+    # The closed form errs less at full resolution, so that a correction's unit is smaller there.
+    state, best = trained.model.state_dict(), seen[1]
+    ratio = state.pop("error_axes").norm() / best["error_axes"].norm()
+    assert 0.2 < ratio < 0.8
+    torch.testing.assert_close(trained.model.error_axes, best.pop("error_axes") * ratio)
+    assert_equal(state, best)
     torch.testing.assert_close(trained.prior, regression(lr_hsi, hr_msi, **sensors))
 
 
