@@ -94,12 +94,13 @@ SHARE ?= 1
 torture: $(VENV)/dev.done
 	$(BIN)/python -m tests.reliability.torture --share $(SHARE) --write docs/reliability.md
 
-# The tool is no part of the environment that it looks over.
+# The tool is no part of the environment that it looks over. A version is looked up without its local
+# part, which the database does not know; strict: a package that could not be looked up is a failure.
 audit: $(VENV)/dev.done
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
-	$(BIN)/python -m pip freeze --exclude-editable > build/audit/installed.txt
-	build/audit/bin/pip-audit --requirement build/audit/installed.txt --no-deps --disable-pip
+	$(BIN)/python -m pip list --format freeze --exclude-editable --disable-pip-version-check | sed 's/+.*//' > build/audit/installed.txt
+	build/audit/bin/pip-audit --strict --requirement build/audit/installed.txt --no-deps --disable-pip
 
 quality: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.quality --write docs/quality.md

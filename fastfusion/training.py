@@ -473,6 +473,7 @@ def train(
         TypeError, ValueError: the recipe's scenes do not fit together or the model; the folder
             holds another training, or a damaged one.
         RuntimeError: the gradient is not finite any more; the folder keeps the last good state.
+        ConnectionError: another process of the training ended; so it does here.
         OSError: a file cannot be read or written.
         ImportError: safetensors, tqdm, torchmetrics or tensorboard is not installed.
     """
@@ -852,9 +853,18 @@ def _processes(device: str | torch.device) -> Iterator[tuple[int, int, torch.dev
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend)
     try:
         yield dist.get_rank(), count, place
+    except RuntimeError as error:
+        # Gloo has no type of error of its own; its messages name its source files.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ConnectionError(
+                "another process of this training ended, or cannot be reached any more; the last "
+                f"good state is kept, and --resume goes on from it ({backend}: {error})"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

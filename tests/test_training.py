@@ -300,6 +300,21 @@ def test_two_processes_are_one_with_the_doubled_batch(recipe, cube, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_a_process_that_is_gone_is_told(recipe, tmp_path, monkeypatch):
+    """tests/reliability/test_faults.py has one that is killed."""
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(training.dist, name, lambda *_: None)
+    monkeypatch.setattr(training.dist, "get_rank", lambda: 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    gone = "[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+    told = "another process .* ended.* --resume goes on"
+    for error in (RuntimeError(gone), torch.distributed.DistBackendError("NCCL error")):
+        with pytest.raises(ConnectionError, match=told), training._processes("cpu"):
+            raise error
+    with pytest.raises(RuntimeError, match="nan"), training._processes("cpu"):
+        raise RuntimeError("the loss became nan")
+
+
 def test_early_stopping_and_time_limit(recipe, tmp_path):
     worse = dataclasses.replace(recipe, learning_rate=0.0, patience=2, epochs=9)
     train(worse, tmp_path / "patience")

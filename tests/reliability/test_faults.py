@@ -6,6 +6,7 @@ worker of a cluster that dies; here the moments are random, and disks, clocks an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -23,7 +24,7 @@ import torch
 from fastfusion.tiling import Unfinished, fuse_files
 from fastfusion.training import train
 from tests.reliability import killing
-from tests.reliability.effort import counted, effort
+from tests.reliability.effort import TORTURE, counted, effort
 
 pytest.importorskip("safetensors")
 pytest.importorskip("torchmetrics")
@@ -45,6 +46,63 @@ def test_random_kills(tmp_path: Path) -> None:
         assert report["kills"] >= kills
         counted("faults", f"random kills in {kind}", report["kills"])
         counted("faults", f"runs of {kind} that came to the same end", report["runs"])
+
+
+DIES = """
+import json, os, signal, sys
+from pathlib import Path
+from fastfusion import cli, training
+victim, out = int(sys.argv[1]), Path(sys.argv[sys.argv.index("--out") + 1])
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    # torchrun ends the others when it sees that one is gone: they are to say first what they saw.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    step = training.Training._step
+    def dying(self, number):
+        if self.rank == victim and number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, number)
+    training.Training._step = dying
+else:
+    from tests.reliability.killing import finished
+    print("KEPT", finished(out), file=sys.stderr)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(not TORTURE, reason="ten processes, a minute: in make torture")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_of_torchrun_that_dies(tmp_path: Path, victim: int) -> None:
+    """The other says so, what was done is kept, and started again they come to the same end."""
+    killing.make_inputs(tmp_path)
+    recipe = dataclasses.asdict(killing.recipe(tmp_path, epochs=4))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "dies.py").write_text(DIES)
+
+    def run(victim: int, out: str) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        command += ["--max-restarts", "1", str(tmp_path / "dies.py"), str(victim)]
+        command += ["train", "--resume", "--config", "recipe.json", "--out", out]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            # Else torch's processes look for one another where those before them were.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    said = run(victim, "out")
+    assert "fastfusion train: another process of this training ended" in said
+    assert said.count("KEPT 2") == 2
+    run(-1, "whole")
+    assert killing.content(tmp_path / "out") == killing.content(tmp_path / "whole")
+    counted("faults", "processes of torchrun that died")
 
 
 # ------------------------------------------------------------------------------------------------
