@@ -9,12 +9,11 @@
 // then rises, so its maximum is that of the largest or of the smallest response. Backward finds
 // them again and writes the image's gradient once. spectral_mix writes the weighted sum; its
 // gradients need the bands at every pixel and are composed of the steps' kernels.
-#include <algorithm>
 #include <array>
 #include <string>
 
-#include "../bindings/torch_calls.h"
 #include "correlate.h"
+#include "operators.h"
 
 namespace fastfusion::cuda {
 namespace {
@@ -475,23 +474,6 @@ Tensor spectral_mix(Tensor x, Tensor low_weight, MaybeTensor low_bias, Tensor hi
     });
   });
   return y;
-}
-
-// The results of one of this library's operators.
-template <size_t N, typename... Arguments>
-std::array<Tensor, N> run(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, std::max(N, sizeof...(Arguments))> stack{
-      torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  std::array<Tensor, N> results;
-  for (size_t i = 0; i < N; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
-  return results;
-}
-
-// As an operator takes them: a std::vector<bool> holds no bools that could be pointed at.
-template <size_t N>
-torch::headeronly::HeaderOnlyArrayRef<bool> flags(const std::array<bool, N>& values) {
-  return torch::headeronly::HeaderOnlyArrayRef<bool>(values.data(), N);
 }
 
 // By the kernels of the steps, in float, since the gradients need the bands at every pixel.

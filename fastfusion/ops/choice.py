@@ -65,6 +65,10 @@ for _name in ("latent_encode", "latent_decode", "latent_operator"):
         },
         "half": {ANY: Choice("triton", "one TF32 product on the matrix units, several times FMA")},
     }
+for _name in ("frequency_filter2d", "frequency_response2d"):
+    TABLE[_name] = {
+        "all": {ANY: Choice("triton", "the mixing is most of the work, on the matrix units there")}
+    }
 
 
 def _everything(*args: Any) -> str:

@@ -54,9 +54,10 @@ def test_beyond_the_matrix_on_the_host_runtime() -> None:
     latent = "not (threads or instruction or 2-17 or 2-40)"
     done = on_the_host_runtime(
         "tests/ops/test_haar.py",
+        "tests/ops/test_frequency_filter.py",
         "tests/ops/test_latent_operator.py",
         "-k",
-        f"test_haar and ({stage}) or test_latent_operator and {latent}",
+        f"test_haar and ({stage}) or test_frequency or test_latent_operator and {latent}",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -68,6 +69,14 @@ def test_what_the_latent_operator_declines() -> None:
     assert "up to 256 channels, got 260" in (_too_large(260, 10, 4) or "")
     assert "up to 64 channels a head, got 65" in (_too_large(130, 2, 4) or "")
     assert "up to 64 tokens, got 65" in (_too_large(64, 8, 65) or "")
+
+
+def test_what_the_frequency_filter_declines() -> None:
+    from fastfusion.ops.frequency_filter import _too_large
+
+    assert _too_large(torch.empty(2, 1, 33, 33)) is None  # test_frequency_filter.py runs it
+    assert "up to 33 bins, got 35" in (_too_large(torch.empty(2, 1, 35, 35)) or "")
+    assert _too_large(torch.empty(2, 1, 35, 35), "circular") is None
 
 
 def test_the_table_names_each_operator_that_has_both_backends() -> None:

@@ -85,6 +85,17 @@ for _operator in (filtering, response):
     _operator.add_triton("fastfusion.ops.frequency_filter.kernels")
 
 
+def _too_large(kernel: Any, padding_mode: str = "zeros") -> str | None:
+    """A ring of the mixtures' rows is what a block's shared memory holds."""
+    if padding_mode == "circular" or kernel.shape[-1] <= 33:
+        return None
+    return f"its kernels take filters of up to 33 bins, got {kernel.shape[-1]}"
+
+
+filtering.add_cuda(why_not=lambda x, mixing, kernel, *rest: _too_large(kernel, rest[3]))
+response.add_cuda(why_not=lambda x, mixing, kernel, *rest: _too_large(kernel))
+
+
 def _check(x: Tensor, mixing: Tensor, kernel: Tensor, **pairs: Tensor | None) -> None:
     checks.tensor("x", x, dims=4, shape="(B, C, H, W)")
     checks.parameter("mixing", mixing, (2, None, x.shape[1]), shape="(2, D, C)", like=x)
