@@ -5,24 +5,21 @@ The transforms against PyWavelets, pytorch_wavelets and ptwt as well, where they
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Row, against_reference, for_each, record, training_step
-from fastfusion import ops
+from benchmarks.rows import Row, against_reference, for_each, of_operation, record, training_step
+from fastfusion.benchmarking import haar as transform
 from fastfusion.ops import haar
 from fastfusion.ops.haar import reference
 
 SIZE = (1, 64, 256, 256)
 BYTES = 4 * 64 * 256 * 256
 TARGET = {"eager": 4.0, "compiled": 2.0, "PyWavelets": 5.0, "pytorch_wavelets": 5.0, "share": 0.8}
-
-
-def _image() -> tuple[Any, ...]:
-    return (torch.randn(SIZE),)
 
 
 def _bands() -> tuple[Any, ...]:
@@ -40,7 +37,7 @@ def _others(inverse: bool) -> dict[str, Any]:
             if inverse:
                 low, *details = (band.numpy() for band in _bands())
                 return lambda: pywt.idwt2((low, tuple(details)), "haar")
-            x = _image()[0].numpy()
+            x = torch.randn(SIZE).numpy()
             return lambda: pywt.dwt2(x, "haar", mode="symmetric")
 
         found["PyWavelets"] = pywavelets
@@ -53,7 +50,7 @@ def _others(inverse: bool) -> dict[str, Any]:
                 low, *details = _bands()
                 module = DWTInverse(wave="haar", mode="symmetric")
                 return lambda: module((low, [torch.stack(details, dim=2)]))
-            module, x = DWTForward(J=1, wave="haar", mode="symmetric"), _image()[0]
+            module, x = DWTForward(J=1, wave="haar", mode="symmetric"), torch.randn(SIZE)
             return lambda: module(x)
 
         found["pytorch_wavelets"] = pytorch_wavelets
@@ -65,64 +62,16 @@ def _others(inverse: bool) -> dict[str, Any]:
             if inverse:
                 low, *details = _bands()
                 return lambda: library.waverec2((low, tuple(details)), "haar")
-            x = _image()[0]
+            x = torch.randn(SIZE)
             return lambda: library.wavedec2(x, "haar", mode="symmetric", level=1)
 
         found["ptwt"] = ptwt
     return found
 
 
-def _row(name: str, ours: Any, theirs: Any, make: Any, images: int, others: dict[str, Any]) -> Row:
-    return Row(
-        work=name,
-        operators=(name,),
-        contestants={**against_reference(ours, theirs, make), **others},
-        moved=images * BYTES,
-        flops=4 * BYTES / 4,
-        target=TARGET,
-    )
-
-
-def _inverse(*bands: Any) -> Any:
-    return reference.haar_idwt2d(*bands, 256, 256)
-
-
-def _others_sizes() -> list[Row]:
-    """bfloat16, which must be faster than float32, and an image too small to gain anything."""
-    rows = []
-    for name in ("haar_dwt2d", "haar_split2d"):
-        ours, theirs = getattr(ops, name), getattr(reference, name)
-        images = 2 if name == "haar_dwt2d" else 3
-
-        def lower() -> tuple[Any, ...]:
-            return (torch.randn(SIZE).bfloat16(),)
-
-        def wide(ours: Any = ours) -> Any:
-            x = _image()[0]
-            return lambda: ours(x)
-
-        def small() -> tuple[Any, ...]:
-            return (torch.randn(1, 16, 8, 8),)
-
-        rows += [
-            Row(
-                work=f"{name} bfloat16",
-                operators=(name,),
-                contestants={**against_reference(ours, theirs, lower), "our float32": wide},
-                moved=images * BYTES / 2,
-                flops=BYTES,
-                target={**TARGET, "our float32": 1.0},
-            ),
-            Row(
-                work=f"{name} 8 x 8",
-                operators=(name,),
-                contestants=against_reference(ours, theirs, small),
-                moved=images * 4 * 16 * 64,
-                flops=4 * 16 * 64,
-                target={"eager": 1.0},
-            ),
-        ]
-    return rows
+def _row(name: str, others: dict[str, Any]) -> Row:
+    row = of_operation(name, transform(name), SIZE, TARGET)
+    return dataclasses.replace(row, contestants={**row.contestants, **others})
 
 
 def _stage(layout: torch.memory_format, train: bool) -> Row:
@@ -159,10 +108,9 @@ def _stage(layout: torch.memory_format, train: bool) -> Row:
 
 
 ROWS = [
-    _row("haar_dwt2d", ops.haar_dwt2d, reference.haar_dwt2d, _image, 2, _others(False)),
-    _row("haar_idwt2d", ops.haar_idwt2d, _inverse, _bands, 2, _others(True)),
-    _row("haar_split2d", ops.haar_split2d, reference.haar_split2d, _image, 3, {}),
-    *_others_sizes(),
+    _row("haar_dwt2d", _others(False)),
+    _row("haar_idwt2d", _others(True)),
+    _row("haar_split2d", {}),
     *(
         _stage(layout, train)
         for layout in (torch.contiguous_format, torch.channels_last)

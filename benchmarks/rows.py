@@ -84,15 +84,21 @@ def of_operation(
     train: bool = False,
     moved: float | None = None,
     dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> Row:
     """The row of an operation that `fastfusion bench` times too: the usual three on fresh inputs.
 
-    ``moved`` replaces the bytes of the inputs and outputs where the definition cannot do with them.
+    ``moved`` replaces the bytes of the inputs and outputs where the definition cannot do with them;
+    ``layout`` is that of the image.
     """
 
     def tensors(device: str = "cpu") -> list[torch.Tensor]:
-        values = operation.make(shape, lambda *size: torch.randn(size, device=device).to(dtype))
-        return [value.detach().requires_grad_(train) for value in values]
+        image, *others = operation.make(
+            shape, lambda *size: torch.randn(size, device=device).to(dtype)
+        )
+        if image.dim() == 4:
+            image = image.contiguous(memory_format=layout)
+        return [value.detach().requires_grad_(train) for value in (image, *others)]
 
     def called(*values: torch.Tensor) -> tuple[Operator, list[Any]]:
         return benchmarking.op_called(lambda: operation.call(*values, backend="auto"))
