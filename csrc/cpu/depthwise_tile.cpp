@@ -147,10 +147,19 @@ void run(const Tile<X, Y> tile) {
   }
 }
 
-// Whether what does not fill a tile gets tiles of several smaller sizes: for float alone, since the
-// code for all types would take half of the time of the build.
+// Code for all cases would take half of the time of the build, so there is less of it for machines
+// of before 2013, which have nothing but plain x86-64's instructions.
+#if defined(__x86_64__) && !defined(__AVX2__)
+constexpr bool kOldMachine = true;
+#else
+constexpr bool kOldMachine = false;
+#endif
+// Whether what does not fill a tile gets tiles of several smaller sizes: for float alone.
 template <typename X>
-constexpr bool kSmallTiles = std::is_same_v<X, float>;
+constexpr bool kSmallTiles = std::is_same_v<X, float> && !kOldMachine;
+// Whether filters of 3x3 and 5x5 have code of their own: not for double.
+template <typename X>
+constexpr bool kSmallFilters = !std::is_same_v<X, double> && !kOldMachine;
 
 template <typename X, typename Y, bool kAcross, int R, int K>
 void run_rows(Tile<X, Y> tile, const Piece<X, Y>& piece) {
@@ -221,16 +230,13 @@ void convolve_columns(const Filter<Accumulator<X>>& filter, int64_t channel,
   tile.ahead_vector_step = piece.ahead_step * along;
   tile.stream = piece.stream;
   for (int64_t left = piece.count, taken; left > 0; left -= taken) {
-    switch (filter.shape.rows == filter.shape.columns ? filter.shape.rows : 0) {
-      case 3:
-        taken = run_most_rows<X, Y, kAcross, 3>(tile, piece, left);
-        break;
-      case 5:
-        taken = run_most_rows<X, Y, kAcross, 5>(tile, piece, left);
-        break;
-      default:
-        taken = run_most_rows<X, Y, kAcross, 0>(tile, piece, left);
+    const auto& shape = filter.shape;
+    const int64_t size = kSmallFilters<X> && shape.rows == shape.columns ? shape.rows : 0;
+    if constexpr (kSmallFilters<X>) {
+      if (size == 3) taken = run_most_rows<X, Y, kAcross, 3>(tile, piece, left);
+      if (size == 5) taken = run_most_rows<X, Y, kAcross, 5>(tile, piece, left);
     }
+    if (size != 3 && size != 5) taken = run_most_rows<X, Y, kAcross, 0>(tile, piece, left);
     tile.input += taken;
     tile.output += taken * tile.output_row_step;
   }

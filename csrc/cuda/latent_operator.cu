@@ -5,9 +5,8 @@
 // heads are done one after the other, so that only what a head needs is computed. Weights lie
 // packed, a head's rows together: its keys folded into the prompts, its values, its queries.
 //
-// - Patches that fit into a tile: encode, solve and decode in one kernel; the image is read once
-// and
-//   written once, tokens never leave the block.
+// - Patches that fit into a tile: encode, solve and decode in one kernel; the image is read once,
+//   the result written once, tokens never leave the block.
 // - Larger patches: encode by chunks of pixels with an online softmax, the chunks merged in order;
 //   solve; decode.
 // - Backward: tokens again, then decode, solver and encode backwards, everything between them in
