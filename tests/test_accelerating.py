@@ -367,7 +367,7 @@ def test_third_party_models(name):
         assert torch.equal(model(x).last_hidden_state, fresh(x).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", ["ConvNeXt"])
+@pytest.mark.parametrize("name", ["ConvNeXt", "ConvNeXtV2", "MobileNetV2"])
 def test_third_party_model_compiled_and_exported(name):
     model = _third_party(name).eval()
     fastfusion.accelerate(model)

@@ -386,3 +386,6 @@ FIRST_TWO: list[Case] = [
     for first in FIRST
     for case in [other for other in CASES if other.operator == first.operator][:2]
 ]
+
+#: One call of every operator.
+EVERY: list[Case] = [*FIRST, *INTERNAL]

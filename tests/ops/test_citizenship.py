@@ -18,9 +18,9 @@ import fastfusion
 from fastfusion import ops
 from fastfusion.ops.operator import OPERATORS
 from tests.closeness import assert_close
-from tests.ops.cases import CASES, FIRST, INTERNAL, Case
+from tests.ops.cases import CASES, EVERY, Case
 
-by_case = pytest.mark.parametrize("case", [*FIRST, *INTERNAL], ids=str)
+by_case = pytest.mark.parametrize("case", EVERY, ids=str)
 
 
 class Capture(TorchDispatchMode):

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastfusion import ops
+from fastfusion.ops import haar
+from fastfusion.ops.local_map import local_map
+from fastfusion.ops.operator import OPERATORS
 from tests.ops.cases import Case
 from tests.reliability.effort import TORTURE
 
@@ -261,6 +264,55 @@ def _latent(operator: str) -> Callable[[], st.SearchStrategy[Case]]:
     return drawn
 
 
+def _stage(operator: str) -> Callable[[], st.SearchStrategy[Case]]:
+    """SpeCAM's first stage: its maxima, or its weighted sum."""
+
+    @st.composite
+    def drawn(draw: Draw) -> Case:
+        size = images(draw)
+        shapes: dict[str, tuple[int, ...]] = {"x": size}
+        biased = draw(st.booleans())
+        for band in ("low", "high"):
+            shapes[f"{band}_weight"] = (size[1], 1, 3, 3)
+            if biased:
+                shapes[f"{band}_bias"] = (size[1],)
+        gates = ("low_gate", "high_gate") if operator == "spectral_mix" else ()
+        shapes |= dict.fromkeys(gates, size[:2])
+        absent = {} if biased else {"low_bias": None, "high_bias": None}
+        return Case(
+            operator,
+            "drawn",
+            shapes,
+            lambda t, b: getattr(haar, operator)(**t, **absent, backend=b),
+            images=("x", *gates),
+        )
+
+    return drawn
+
+
+@st.composite
+def mapped(draw: Draw) -> Case:
+    batch, guides, rows, columns = images(draw, st.integers(1, 4))
+    targets, scale = draw(st.integers(1, 9)), draw(st.integers(1, 8))
+    first = tuple(-draw(st.integers(0, 4 * scale)) / 4 for _ in range(2))
+    samples = [
+        1 + math.ceil((n - 1 - at) / scale) for n, at in zip((rows, columns), first, strict=True)
+    ]
+    shapes: dict[str, tuple[int, ...]] = {
+        "coefficients": (batch, targets, 1 + guides, *samples),
+        "guides": (batch, guides, rows, columns),
+    }
+    if draw(st.booleans()):
+        shapes |= {"detail": shapes["guides"], "sharpness": (targets,)}
+    return Case(
+        "local_map",
+        f"{scale}-{first}",
+        shapes,
+        lambda t, b: local_map(**t, scale=scale, first=first, backend=b),
+        images=tuple(name for name in shapes if name != "sharpness"),
+    )
+
+
 CALLS: dict[str, st.SearchStrategy[Case]] = {
     "haar_dwt2d": haar_dwt2d(),
     "haar_idwt2d": haar_idwt2d(),
@@ -275,7 +327,10 @@ CALLS: dict[str, st.SearchStrategy[Case]] = {
         name: _latent(name)()
         for name in ("latent_operator", "latent_encode", "trigonometric_solve", "latent_decode")
     },
+    **{name: _stage(name)() for name in ("spectral_maxima", "spectral_mix")},
+    "local_map": mapped(),
 }
+assert CALLS.keys() == OPERATORS.keys()
 
 
 def scattered(x: Tensor, order: tuple[int, ...], steps: tuple[int, ...], offset: int) -> Tensor:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import FIRST, Case
+from tests.ops.cases import EVERY, Case
 from tests.reliability.effort import counted, effort
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,16 +40,16 @@ def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def test_threads_that_call_different_operators_at_once() -> None:
-    inputs = [_floats(case) for case in FIRST]
-    expected = [_all(case, tensors) for case, tensors in zip(FIRST, inputs, strict=True)]
+    inputs = [_floats(case) for case in EVERY]
+    expected = [_all(case, tensors) for case, tensors in zip(EVERY, inputs, strict=True)]
     wrong: list[str] = []
 
     def work(seed: int) -> None:
         order = random.Random(seed)
         for _ in range(effort(15, 500)):
-            index = order.randrange(len(FIRST))
-            if not _same(_all(FIRST[index], inputs[index]), expected[index]):
-                wrong.append(FIRST[index].operator)
+            index = order.randrange(len(EVERY))
+            if not _same(_all(EVERY[index], inputs[index]), expected[index]):
+                wrong.append(EVERY[index].operator)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
     for thread in threads:
@@ -63,14 +63,14 @@ def test_threads_that_call_different_operators_at_once() -> None:
 def test_the_number_of_threads_changes_between_calls() -> None:
     before = torch.get_num_threads()
     order = random.Random(0)
-    inputs = [_floats(case) for case in FIRST]
+    inputs = [_floats(case) for case in EVERY]
     try:
         torch.set_num_threads(1)
-        expected = [_all(case, tensors) for case, tensors in zip(FIRST, inputs, strict=True)]
+        expected = [_all(case, tensors) for case, tensors in zip(EVERY, inputs, strict=True)]
         for _ in range(effort(60, 3000)):
             torch.set_num_threads(order.randint(1, 5))
-            index = order.randrange(len(FIRST))
-            assert _same(_all(FIRST[index], inputs[index]), expected[index]), FIRST[index]
+            index = order.randrange(len(EVERY))
+            assert _same(_all(EVERY[index], inputs[index]), expected[index]), EVERY[index]
             counted("concurrency", "changes of the number of threads")
     finally:
         torch.set_num_threads(before)
@@ -78,8 +78,8 @@ def test_the_number_of_threads_changes_between_calls() -> None:
 
 def test_signals_during_calls() -> None:
     """A handler that runs every millisecond, as a profiler's; results stay the same."""
-    inputs = [_floats(case) for case in FIRST]
-    expected = [_all(case, tensors) for case, tensors in zip(FIRST, inputs, strict=True)]
+    inputs = [_floats(case) for case in EVERY]
+    expected = [_all(case, tensors) for case, tensors in zip(EVERY, inputs, strict=True)]
     seen = 0
 
     def handler(*_: object) -> None:
@@ -90,7 +90,7 @@ def test_signals_during_calls() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
         for _ in range(effort(3, 100)):
-            for case, tensors, truth in zip(FIRST, inputs, expected, strict=True):
+            for case, tensors, truth in zip(EVERY, inputs, expected, strict=True):
                 assert _same(_all(case, tensors), truth), case
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -101,23 +101,23 @@ def test_signals_during_calls() -> None:
 
 def test_interrupted_calls_leave_nothing_behind() -> None:
     """Ctrl-C at any moment raises KeyboardInterrupt, and the next call is as good as the first."""
-    inputs = [_floats(case) for case in FIRST]
-    expected = [_all(case, tensors) for case, tensors in zip(FIRST, inputs, strict=True)]
+    inputs = [_floats(case) for case in EVERY]
+    expected = [_all(case, tensors) for case, tensors in zip(EVERY, inputs, strict=True)]
     order = random.Random(0)
     interrupted = 0
     earlier = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         for _ in range(effort(20, 1000)):
-            index = order.randrange(len(FIRST))
+            index = order.randrange(len(EVERY))
             try:
                 signal.setitimer(signal.ITIMER_REAL, order.uniform(0.0001, 0.003))
                 for _ in range(10_000):
-                    _all(FIRST[index], inputs[index])
+                    _all(EVERY[index], inputs[index])
             except KeyboardInterrupt:
                 interrupted += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            assert _same(_all(FIRST[index], inputs[index]), expected[index]), FIRST[index]
+            assert _same(_all(EVERY[index], inputs[index]), expected[index]), EVERY[index]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, earlier)
@@ -127,15 +127,15 @@ def test_interrupted_calls_leave_nothing_behind() -> None:
 
 def test_forks_after_use() -> None:
     """Forward in children that inherit the threads' state (backward needs autograd's threads)."""
-    inputs = [{n: t.detach() for n, t in _floats(case).items()} for case in FIRST]
-    expected = [case.outputs(t, "auto") for case, t in zip(FIRST, inputs, strict=True)]
+    inputs = [{n: t.detach() for n, t in _floats(case).items()} for case in EVERY]
+    expected = [case.outputs(t, "auto") for case, t in zip(EVERY, inputs, strict=True)]
     context = multiprocessing.get_context("fork")
 
     def work(queue) -> None:
         torch.set_num_threads(1)
         good = all(
             _same(list(case.outputs(t, "auto")), list(truth))
-            for case, t, truth in zip(FIRST, inputs, expected, strict=True)
+            for case, t, truth in zip(EVERY, inputs, expected, strict=True)
         )
         queue.put(good)
 

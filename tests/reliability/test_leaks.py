@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastfusion.ops.operator import OPERATORS
-from tests.ops.cases import FIRST, Case
+from fastfusion import native
+from tests.ops.cases import EVERY, Case
 from tests.reliability.effort import counted, effort, largest
 
 CALLS = effort(100, 10_000)
@@ -31,10 +31,10 @@ def resident() -> int:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_the_resident_size_is_flat(case: Case, backend: str) -> None:
-    if backend == "cpp" and (reason := OPERATORS[case.operator].why_no_cpp()) is not None:
+    if backend == "cpp" and (reason := native.why_not(native.CPU)) is not None:
         pytest.skip(f"cpp: {reason}")
     if backend == "reference" and effort(True, False):
         pytest.skip("PyTorch's own kernels: in make torture")

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastfusion import ops
-from fastfusion.ops.operator import OPERATORS
+from fastfusion import native, ops
 from tests.closeness import assert_close, relative_error
 from tests.ops.cases import Case
 from tests.ops.test_parity import run
@@ -31,8 +30,8 @@ by_operator = pytest.mark.parametrize("operator", CALLS)
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def skip_unless_built(operator: str, backend: str) -> None:
-    if backend == "cpp" and (reason := OPERATORS[operator].why_no_cpp()) is not None:
+def skip_unless_built(backend: str) -> None:
+    if backend == "cpp" and (reason := native.why_not(native.CPU)) is not None:
         pytest.skip(f"cpp: {reason}")
 
 
@@ -84,7 +83,7 @@ def _named(outputs: tuple[Tensor, ...], grads: dict[str, Tensor]) -> dict[str, T
 @by_backend
 @by_operator
 def test_parity(operator: str, backend: str) -> None:
-    skip_unless_built(operator, backend)
+    skip_unless_built(backend)
     dtypes = [torch.float32, torch.float32, torch.float64, *HALF]
     if backend == "triton":
         dtypes.remove(torch.float64)
@@ -111,7 +110,7 @@ LINEAR = ("haar_dwt2d", "haar_idwt2d", "haar_split2d", "depthwise_conv2d", "freq
 @pytest.mark.parametrize("operator", [*LINEAR, "frequency_response2d"])
 def test_linearity(operator: str, backend: str) -> None:
     """``f(ax + by) = a f(x) + b f(y)`` in the images, without biases and activations."""
-    skip_unless_built(operator, backend)
+    skip_unless_built(backend)
     dtype, bound = (torch.float64, 1e-11) if backend != "triton" else (torch.float32, 1e-5)
     linear = CALLS[operator].filter(
         lambda case: (
@@ -140,7 +139,7 @@ def test_linearity(operator: str, backend: str) -> None:
 
 @by_backend
 def test_haar_gives_back_the_image_and_keeps_its_energy(backend: str) -> None:
-    skip_unless_built("haar_dwt2d", backend)
+    skip_unless_built(backend)
     dtype, bound = (torch.float64, 1e-13) if backend != "triton" else (torch.float32, 1e-6)
 
     @settings(max_examples=effort(15, 300 if backend != "triton" else 15))
@@ -166,7 +165,7 @@ def test_haar_gives_back_the_image_and_keeps_its_energy(backend: str) -> None:
 @by_backend
 @by_operator
 def test_order_of_the_batch_and_layout_change_nothing(operator: str, backend: str) -> None:
-    skip_unless_built(operator, backend)
+    skip_unless_built(backend)
 
     @settings(max_examples=effort(6, 100 if backend != "triton" else 5))
     @given(CALLS[operator], SEEDS, st.data())
@@ -199,7 +198,7 @@ def test_order_of_the_batch_and_layout_change_nothing(operator: str, backend: st
 @by_backend
 @by_operator
 def test_gradients_are_what_finite_differences_say(operator: str, backend: str) -> None:
-    skip_unless_built(operator, backend)
+    skip_unless_built(backend)
     # Where saliencies tie, any step changes which coordinates are kept.
     decided = CALLS[operator].filter(lambda case: "tiesTrue" not in case.label)
 
