@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int size = plan.size, reach = size / 2, slots = size + 1, thread = threadIdx.x;
   const int64_t first_bin = static_cast<int64_t>(strip) * plan.width();
   const int64_t band_end = first_row + plan.band < plan.rows ? first_row + plan.band : plan.rows;
-  const View<const float> from = spectrum.of[part];
-  const View<T> to = response.of[part];
+  const View<const float> from = part == 0 ? spectrum.of[0] : spectrum.of[1];
+  const View<T> to = part == 0 ? response.of[0] : response.of[1];
   mixing += (part * plan.lines() + first) * plan.depth();
   taps += (part * plan.lines() + first) * plan.taps();
 
