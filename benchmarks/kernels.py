@@ -130,11 +130,11 @@ def figures(folder: str, architecture: str) -> list[Figures]:
             call()
         for launch in launches:
             source = launch.source()
-            key = (source.hash(), launch.tile.warps, launch.tile.stages)
+            options = launch.tile.options(architecture)
+            key = (source.hash(), *options.items())
             if key in seen:
                 continue
             seen.add(key)
-            options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
             compiled = triton.compile(source, target=_target(architecture), options=options)
             code = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
             registers, spilled = _resources(compiled)

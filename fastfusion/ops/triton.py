@@ -40,11 +40,24 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One configuration of a kernel: its block sizes by name, warps, pipeline stages."""
+    """One configuration of a kernel: its block sizes by name, warps, pipeline stages.
+
+    ``registers`` is how many a thread may have, on NVIDIA. Unless told, the assembler aims at more
+    threads at a time with fewer registers, and now and then spills where it need not: 255, the
+    most there are, forbids that.
+    """
 
     blocks: Mapping[str, int]
     warps: int = 4
     stages: int = 1
+    registers: int | None = None
+
+    def options(self, architecture: str) -> dict[str, int]:
+        """What the compiler is told."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.registers is not None and architecture.startswith("sm_"):
+            found["maxnreg"] = self.registers
+        return found
 
     def __getitem__(self, name: str) -> int:
         return self.blocks[name]
@@ -183,7 +196,7 @@ def launch(kernel: Any, grid: Sequence[int], tile: Tile, /, **arguments: Any) ->
         return
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        kernel[tuple(grid)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+        kernel[tuple(grid)](**arguments, **tile.options(architecture(first.device)))
 
 
 def blocks(size: int, block: int) -> int:

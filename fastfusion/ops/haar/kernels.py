@@ -73,19 +73,22 @@ SEARCH = Table(
     },
 )
 FINISH = Tile({"BLOCK": 64}, warps=1)
-# A pixel of the mixture costs two GELUs: one block of pixels for a thread leaves room for them.
-_MIX = {
-    "contiguous": {
-        "": Tile({"BLOCK_ROWS": 16, "BLOCK_W": 128, "BLOCK_C": 1}, warps=4),
-        "cpu": _INTERPRETED_SEARCH,
-    },
-    "channels_last": {
-        "": Tile({"BLOCK_ROWS": 16, "BLOCK_W": 4, "BLOCK_C": 32}, warps=4),
-        "cpu": _INTERPRETED_SEARCH,
-    },
-}
-MIX = Table("spectral mix", _MIX)
-MIX_BACKWARD = Table("spectral mix backward", _MIX)
+
+
+def _mix(registers: int | None) -> dict[str, dict[str, Tile]]:
+    """A pixel of the mixture costs two GELUs: one block of pixels for a thread leaves room for
+    them."""
+    rows = Tile({"BLOCK_ROWS": 16, "BLOCK_W": 128, "BLOCK_C": 1}, 4, registers=registers)
+    last = Tile({"BLOCK_ROWS": 16, "BLOCK_W": 4, "BLOCK_C": 32}, 4, registers=registers)
+    return {
+        "contiguous": {"": rows, "cpu": _INTERPRETED_SEARCH},
+        "channels_last": {"": last, "cpu": _INTERPRETED_SEARCH},
+    }
+
+
+MIX = Table("spectral mix", _mix(None))
+# Its 22 sums spill 8 bytes where the assembler wants room for more threads.
+MIX_BACKWARD = Table("spectral mix backward", _mix(255))
 GATHER = Table(
     "spectral mix gather",
     {
@@ -745,7 +748,7 @@ def _keep_sums(part, sums, gate_sum, slot, there, AXIS: tl.constexpr):
 def spectral_mix_bwd_kernel(
     x, grad, low_weight, low_bias, high_weight, high_bias, low_gate, high_gate,
     low_flow, high_flow, part,
-    x_b, x_c, x_h, x_w, grad_b, grad_c, grad_h, grad_w, flow_b, flow_c, flow_h, flow_w,
+    x_b, x_c, x_h, x_w, flow_b, flow_c, flow_h, flow_w,
     channels, rows, columns, strips, chunks,
     LAST: tl.constexpr, BIASED_LOW: tl.constexpr, BIASED_HIGH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -759,8 +762,8 @@ def spectral_mix_bwd_kernel(
     hw, hb = _filter_of(high_weight, high_bias, channel, channels, BIASED_HIGH)
     lg, hg = _gates_of(low_gate, high_gate, image, channel, channels)
     x += image * x_b + channel * x_c
-    grad += image * grad_b + channel * grad_c
     place = image * flow_b + channel * flow_c
+    grad += place
     low_flow += place
     high_flow += place
     _, _, l_up, h_up = _bands(x, first_row - 1, column, rows, columns, x_h, x_w, inside)
@@ -773,10 +776,10 @@ def spectral_mix_bwd_kernel(
     for row in range(first_row, tl.minimum(first_row + BLOCK_ROWS, tl.cdiv(rows, 2))):
         l_2, h_2, l_3, h_3 = _bands(x, row + 1, column, rows, columns, x_h, x_w, inside)
         below = both(inside, 2 * row + 1 < rows)
-        upper = grad + 2 * row * grad_h
+        upper = grad + 2 * row * flow_h
         # 0 outside the image, and so is all that flows from there.
-        ga, gb = _load(upper, grad_w, column, pixels, columns, inside, LAST)
-        gc, gd = _load(upper + grad_h, grad_w, column, pixels, columns, below, LAST)
+        ga, gb = _load(upper, flow_w, column, pixels, columns, inside, LAST)
+        gc, gd = _load(upper + flow_h, flow_w, column, pixels, columns, below, LAST)
 
         la, to_a = _flow(l_up, l_0, l_1, 1, lw, lb, lg, ga)
         lb_, to_b = _flow(l_up, l_0, l_1, 2, lw, lb, lg, gb)
@@ -1228,6 +1231,7 @@ def spectral_mix_backward(
         torch.empty(x.shape, dtype=torch.float32, device=x.device, memory_format=layout_of(x))
         for _ in range(2)
     )
+    grad = match(grad, low_flow)
     parameters = {
         "low_weight": low_weight.contiguous(),
         "low_bias": _dense(low_bias),
@@ -1249,7 +1253,6 @@ def spectral_mix_backward(
             high_flow=high_flow,
             part=part,
             **parameters,
-            **strides(grad, "grad_b", "grad_c", "grad_h", "grad_w"),
             **strides(low_flow, "flow_b", "flow_c", "flow_h", "flow_w"),
         )
         return part

@@ -1,20 +1,28 @@
 """Triton kernels of the latent operator.
 
-A tile is BLOCK_M pixels of one patch by all channels; a program takes several patches in turn, so
-that it loads the weights once. All products are plain matrix products: a patch's tokens are laid
-out as one matrix of heads*tokens rows, row (h, t) zero outside the channels of head h, and the
-block diagonal of a product is taken out by a masked sum.
+Heads do not meet before the next projection, so a program works on a group of heads: as many as
+give 16 rows of tokens and 16 channels, which is what the matrix units take (two heads of LSO). A
+tile is BLOCK_M pixels of one patch. A group's tokens are one matrix of rows (head, token), row
+(h, t) zero outside the channels of head h, and the block diagonal of a product is taken out by a
+masked sum. Products with weights go through the channels BLOCK_K at a time and read them anew:
+with 64 channels at once no architecture had registers for them.
 
-- *fused* (a patch is one tile): encode, solve and decode with the pixels on the chip; the image is
-  read once and written once, tokens never leave the program.
+- *fused* (a patch is one tile): encode, solve and decode with the pixels on the chip; tokens never
+  leave the program. Groups read the same pixels, one after the other from the cache.
 - *two passes* (larger patches): encode with an online softmax over the tiles, in chunks of pixels
-  that are merged in order, then the solver, then decode. The image is read twice, written once.
-- *backward*: the tokens again, then decode, solver and encode backwards. Gradients of parameters
-  are summed in registers over a program's patches and added up over the programs in order.
+  that are merged in order, then the solver, then decode.
+- *backward*: the tokens again, then decode, solver and encode backwards. A program takes the groups
+  in turn, since all of them reach each pixel: their sum grows in float32 in memory. Gradients of
+  parameters are summed in registers over a program's patches and added up over the programs in
+  order.
 
 Products are of float32 with ``input_precision`` tf32x3 (three TF32 products: float32's accuracy)
-for float32 images, TF32 for half precision, whose values it holds exactly, and ieee on AMD. The
-solver is float32 always: one sine and cosine of a reduced angle, then a rotation a term.
+for float32 images. In half precision the projections of pixels, both of whose operands are given
+in it, go to its own matrix units; the others have a sum or a softmax in float32 as one operand and
+use TF32. On AMD these are ieee. The solver is float32 always: one sine and cosine of a reduced
+angle, then a rotation a term.
+
+Sizes that a model fixes (channels, heads, tokens) are constants to the compiler.
 """
 
 from __future__ import annotations
@@ -29,6 +37,7 @@ from torch import Tensor
 
 from fastfusion.ops.operator import image_like
 from fastfusion.ops.triton import (
+    _INTERPRETED,
     Table,
     Tile,
     architecture,
@@ -52,19 +61,35 @@ WIDEST = 64
 #: Pixels of a patch up to which the operator is one kernel.
 LARGEST_FUSED = 64
 
-# 16 pixels keep the matrices of the backward pass small; 32 and 64 spill more, 4 warps on NVIDIA
-# too, 8 on AMD (docs/kernels.md). The interpreter's time goes by tiles.
-_TILES = {"": Tile({"BLOCK_M": 16}, warps=8), "gfx942": Tile({"BLOCK_M": 16}, warps=4)}
-_BY_PATCH = {"small": _TILES, "large": {**_TILES, "cpu": Tile({"BLOCK_M": 512})}}
+# Few pixels and few channels at a time, so that the operands of all products fit in the registers,
+# which the assembler would not all use, and spill, unless told. Measured on no GPU.
+_FORWARD = Tile({"BLOCK_M": 16, "BLOCK_K": 16}, warps=4, registers=255)
+_BACKWARD = Tile({"BLOCK_M": 16, "BLOCK_K": 16}, warps=8, registers=255)
+
+
+def _by_patch(tile: Tile) -> dict[str, dict[str, Tile]]:
+    """By the pixels of a patch; the interpreter's time goes by tiles."""
+    return {
+        size: {"": tile, "cpu": Tile({"BLOCK_M": block, "BLOCK_K": 64})}
+        for size, block in (("small", 16), ("large", 512))
+    }
+
+
 #: By the pixels of a tile.
 FUSED = Table(
     "latent operator",
-    {str(m): {"": Tile({}, warps=8), "gfx942": Tile({}, warps=4)} for m in (16, 32, 64)},
+    {
+        str(m): {
+            "": Tile({"BLOCK_K": 16}, warps=4, registers=255),
+            "cpu": Tile({"BLOCK_K": 64}),
+        }
+        for m in (16, 32, 64)
+    },
 )
-ENCODE = Table("latent encode", _BY_PATCH)
-DECODE = Table("latent decode", _BY_PATCH)
-ENCODE_BACKWARD = Table("latent encode backward", _BY_PATCH)
-DECODE_BACKWARD = Table("latent decode backward", _BY_PATCH)
+ENCODE = Table("latent encode", _by_patch(_FORWARD))
+DECODE = Table("latent decode", _by_patch(_FORWARD))
+ENCODE_BACKWARD = Table("latent encode backward", _by_patch(_BACKWARD))
+DECODE_BACKWARD = Table("latent decode backward", _by_patch(_BACKWARD))
 SOLVE = Table("trigonometric solve", {"": {"": Tile({"BLOCK_R": 16, "BLOCK_C": 64}, warps=4)}})
 SOLVE_BACKWARD = Table(
     "trigonometric solve backward",
@@ -74,16 +99,6 @@ MERGE = Tile({}, warps=4)
 FOLD = Tile({}, warps=4)
 
 MATRIX_KERNELS = {
-    "latent_operator_fwd_kernel",
-    "latent_encode_fwd_kernel",
-    "latent_encode_bwd_kernel",
-    "latent_decode_fwd_kernel",
-    "latent_decode_bwd_kernel",
-}
-#: In float32 with 64 channels and 64 rows of tokens these need more registers than there are:
-#: every product is three TF32 products of operands held in two parts. Known, and to be mended by
-#: working head by head.
-SPILLING_KERNELS = {
     "latent_operator_fwd_kernel",
     "latent_encode_fwd_kernel",
     "latent_encode_bwd_kernel",
@@ -232,6 +247,12 @@ def trigonometric_solve_bwd_kernel(
 
 
 @triton.jit
+def _long(number):
+    """A number of a patch for an offset that can pass 2^31."""
+    return tl.zeros((1,), tl.int64) + number
+
+
+@triton.jit
 def _pixels(
     patch, start, rows, columns, across, down, patch_rows, patch_columns, x_b, x_h, x_w,
     BLOCK_M: tl.constexpr,
@@ -243,53 +264,100 @@ def _pixels(
     row = (corner // across) * patch_rows + at // patch_columns
     column = (corner % across) * patch_columns + at % patch_columns
     inside = at < patch_rows * patch_columns
-    place = image * x_b + row.to(tl.int64) * x_h + column.to(tl.int64) * x_w
+    place = _long(image) * x_b + row.to(tl.int64) * x_h + column.to(tl.int64) * x_w
     return place, inside, inside & (row < rows) & (column < columns)
 
 
 @triton.jit
-def _load_pixels(x, place, there, x_c, channels, CHANNELS: tl.constexpr):
-    c = tl.arange(0, CHANNELS)
-    inside = there[:, None] & (c < channels)[None, :]
-    return tl.load(x + place[:, None] + c[None, :] * x_c, mask=inside, other=0.0).to(tl.float32)
+def _load(x, place, there, c, known, x_c):
+    """Channels ``c`` of pixels."""
+    inside = there[:, None] & known[None, :]
+    return tl.load(x + place[:, None] + c[None, :] * x_c, mask=inside, other=0.0)
 
 
 @triton.jit
-def _store_pixels(x, value, place, there, x_c, channels, CHANNELS: tl.constexpr):
-    c = tl.arange(0, CHANNELS)
-    inside = there[:, None] & (c < channels)[None, :]
+def _store(x, value, place, there, c, known, x_c):
+    inside = there[:, None] & known[None, :]
     value = narrow(value, x.dtype.element_ty)
     tl.store(x + place[:, None] + c[None, :] * x_c, value, mask=inside)
 
 
 @triton.jit
-def _square(weight, channels, CHANNELS: tl.constexpr):
-    """A weight (out, in)."""
-    c = tl.arange(0, CHANNELS)
-    inside = (c < channels)[:, None] & (c < channels)[None, :]
-    place = c[:, None] * channels + c[None, :]
-    return tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+def _channels(group, channels, width, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """The channels of a group of heads, and which of these WIDTH there are."""
+    j = tl.arange(0, WIDTH)
+    c = group * GROUP * width + j
+    return c, (j < GROUP * width) & (c < channels)
 
 
 @triton.jit
-def _vector(bias, channels, CHANNELS: tl.constexpr):
-    c = tl.arange(0, CHANNELS)
-    return tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
+def _weight(weight, c, known, k, channels):
+    """Rows ``c`` and columns ``k`` of a weight (out, in)."""
+    inside = known[:, None] & (k < channels)[None, :]
+    return tl.load(weight + c[:, None] * channels + k[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _tokens(source, channels, tokens, CHANNELS: tl.constexpr, TOKENS: tl.constexpr):
-    """A patch's tokens, (TOKENS, CHANNELS); ``source`` points to the first."""
-    t, c = tl.arange(0, TOKENS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    inside = (t < tokens) & (c < channels)
-    return tl.load(source + t * channels + c, mask=inside, other=0.0).to(tl.float32)
+def _projected(
+    x, place, there, x_c, weight, bias, c, known, channels,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Channels ``c`` of ``pixels @ weight.T + bias``, by a few channels of the pixels at a time.
+
+    Half precision goes to the matrix units as it is.
+    """
+    found = tl.zeros((BLOCK_M, WIDTH), tl.float32) + _vector(bias, c, known)[None, :]
+    for first in range(0, channels, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        pixels = _load(x, place, there, k, k < channels, x_c)
+        part = _weight(weight, c, known, k, channels)
+        if _INTERPRETED:
+            pixels, part = pixels.to(tl.float32), part.to(tl.float32)
+        found += tl.dot(pixels, tl.trans(part), input_precision=PRECISION)
+    return found
 
 
 @triton.jit
-def _prompt_tokens(prompts, channels, tokens, width, CHANNELS: tl.constexpr, TOKENS: tl.constexpr):
-    """The prompts (heads, T, d) as tokens (TOKENS, CHANNELS)."""
-    t, c = tl.arange(0, TOKENS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    inside = (t < tokens) & (c < channels)
+def _scored(
+    x, place, there, x_c, keys, line, channels,
+    PRECISION: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Products of the pixels with ROWS folded keys."""
+    scores = tl.zeros((BLOCK_M, ROWS), tl.float32)
+    for first in range(0, channels, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        pixels = _load(x, place, there, k, k < channels, x_c).to(tl.float32)
+        key = _keys(keys, line, k, channels, CHANNELS)
+        scores += tl.dot(pixels, tl.trans(key), input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _vector(bias, c, known):
+    return tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _keys(keys, line, k, channels, CHANNELS: tl.constexpr):
+    """Rows ``line`` and columns ``k`` of the folded keys."""
+    inside = (line >= 0)[:, None] & (k < channels)[None, :]
+    return tl.load(keys + line[:, None] * CHANNELS + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _tokens(source, c, known, channels, tokens, TOKENS: tl.constexpr):
+    """Channels ``c`` of a patch's tokens; ``source`` points to the first."""
+    t = tl.arange(0, TOKENS)[:, None]
+    inside = (t < tokens) & known[None, :]
+    return tl.load(source + t * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _prompt_tokens(prompts, c, known, tokens, width, TOKENS: tl.constexpr):
+    """Channels ``c`` of the prompts (heads, T, d), as tokens."""
+    t, c = tl.arange(0, TOKENS)[:, None], c[None, :]
+    inside = (t < tokens) & known[None, :]
     place = ((c // width) * tokens + t) * width + c % width
     return tl.load(prompts + place, mask=inside, other=0.0).to(tl.float32)
 
@@ -320,19 +388,13 @@ def latent_fold_kernel(
     HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """``W_k^T prompt / sqrt(d)``, a row for each head and token: keys are never formed."""
-    token = _prompt_tokens(prompts, channels, tokens, width, CHANNELS, TOKENS)
+    c = tl.arange(0, CHANNELS)
+    token = _prompt_tokens(prompts, c, c < channels, tokens, width, TOKENS)
     spread = _spread(token, width, HEADS, TOKENS, CHANNELS)
-    weight = _square(key_weight, channels, CHANNELS)
+    weight = _weight(key_weight, c, c < channels, c, channels).to(tl.float32)
     folded = tl.dot(spread, weight, input_precision=PRECISION) * SCALE
-    line, c = tl.arange(0, HEADS * TOKENS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    tl.store(keys + line * CHANNELS + c, folded)
-
-
-@triton.jit
-def _keys(keys, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The folded keys."""
-    line, c = tl.arange(0, HEADS * TOKENS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    return tl.load(keys + line * CHANNELS + c)
+    line = tl.arange(0, HEADS * TOKENS)
+    tl.store(keys + line[:, None] * CHANNELS + c[None, :], folded)
 
 
 @triton.jit
@@ -362,116 +424,102 @@ def latent_operator_fwd_kernel(
     x, prompts, keys, value_weight, value_bias, query_weight, query_bias,
     sine, cosine, offset, y,
     x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
-    channels, rows, columns, across, down, patch_rows, patch_columns,
-    tokens, width, basis, units, per_program,
+    rows, columns, across, down, patch_rows, patch_columns,
+    channels: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, groups: tl.constexpr,
+    units, per_program, basis,
     SCALE: tl.constexpr, SQUASH: tl.constexpr, OFFSET: tl.constexpr,
     TURN_1: tl.constexpr, TURN_2: tl.constexpr, TURN_3: tl.constexpr,
-    PRECISION: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Encode, solve and decode patches of at most BLOCK_M pixels, one after the other."""
-    first = tl.program_id(0).to(tl.int64) * per_program
-    value_shift = _vector(value_bias, channels, CHANNELS)[None, :]
-    query_shift = _vector(query_bias, channels, CHANNELS)[None, :]
-    prompt = _prompt_tokens(prompts, channels, tokens, width, CHANNELS, TOKENS)
+    pid = tl.program_id(0)
+    group, first = pid % groups, (pid // groups) * per_program
+    c, known = _channels(group, channels, width, GROUP, WIDTH)
+    line = group * GROUP * TOKENS + tl.arange(0, GROUP * TOKENS)
+    prompt = _prompt_tokens(prompts, c, known, tokens, width, TOKENS)
     for unit in range(first, tl.minimum(first + per_program, units)):
         place, inside, there = _pixels(unit, 0, rows, columns, across, down, patch_rows,
                                        patch_columns, x_b, x_h, x_w, BLOCK_M)  # fmt: skip
-        pixels = _load_pixels(x, place, there, x_c, channels, CHANNELS)
-        scores = tl.dot(
-            pixels, tl.trans(_keys(keys, HEADS, TOKENS, CHANNELS)), input_precision=PRECISION
-        )
+        scores = _scored(x, place, there, x_c, keys, line, channels,
+                         PRECISION, CHANNELS, GROUP * TOKENS, BLOCK_M, BLOCK_K)  # fmt: skip
         scores = tl.where(inside[:, None], scores, float("-inf"))
         e = tl.exp(scores - tl.max(scores, axis=0)[None, :])
         e = e / tl.sum(e, axis=0)[None, :]
-        values = (
-            tl.dot(
-                pixels,
-                tl.trans(_square(value_weight, channels, CHANNELS)),
-                input_precision=PRECISION,
-            )
-            + value_shift
-        )
+        values = _projected(x, place, there, x_c, value_weight, value_bias, c, known,
+                            channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
         mixed = tl.dot(tl.trans(e), values, input_precision=PRECISION)
-        z = _gathered(mixed, width, HEADS, TOKENS, CHANNELS) + prompt
-        s = _solved(z, sine, cosine, offset, tl.arange(0, CHANNELS), channels, basis,
-                    SQUASH, OFFSET, TURN_1, TURN_2, TURN_3)  # fmt: skip
-        token = _spread(s, width, HEADS, TOKENS, CHANNELS)
-        queries = (
-            tl.dot(
-                pixels,
-                tl.trans(_square(query_weight, channels, CHANNELS)),
-                input_precision=PRECISION,
-            )
-            + query_shift
-        )
+        z = _gathered(mixed, width, GROUP, TOKENS, WIDTH) + prompt
+        s = _solved(z, sine, cosine, offset, c, channels, basis, SQUASH, OFFSET,
+                    TURN_1, TURN_2, TURN_3)  # fmt: skip
+        token = _spread(s, width, GROUP, TOKENS, WIDTH)
+        queries = _projected(x, place, there, x_c, query_weight, query_bias, c, known,
+                             channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
         scores = tl.dot(queries, tl.trans(token), input_precision=PRECISION) * SCALE
-        attention = _token_softmax(scores, tokens, HEADS, TOKENS)
-        out = tl.dot(attention, token, input_precision=PRECISION) + pixels
+        attention = _token_softmax(scores, tokens, GROUP, TOKENS)
+        out = tl.dot(attention, token, input_precision=PRECISION)
+        out += _load(x, place, there, c, known, x_c).to(tl.float32)
         place, _, there = _pixels(unit, 0, rows, columns, across, down, patch_rows,
                                   patch_columns, y_b, y_h, y_w, BLOCK_M)  # fmt: skip
-        _store_pixels(y, out, place, there, y_c, channels, CHANNELS)
+        _store(y, out, place, there, c, known, y_c)
 
 
 @triton.jit
 def latent_encode_fwd_kernel(
     x, prompts, keys, value_weight, value_bias, latents, most, total,
     x_b, x_c, x_h, x_w,
-    channels, rows, columns, across, down, patch_rows, patch_columns,
-    tokens, width, units, per_program, chunks, chunk,
+    rows, columns, across, down, patch_rows, patch_columns,
+    channels: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, groups: tl.constexpr,
+    units, per_program, chunks, chunk,
     SCALE: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tokens by an online softmax over the pixels of a chunk of a patch (a unit).
 
     PARTS: write the unnormalised sums of the chunk, its largest scores and their sums; else the
     tokens of the patch, in any case with the scores' maxima and sums for the backward pass.
     """
-    first = tl.program_id(0).to(tl.int64) * per_program
-    value_shift = _vector(value_bias, channels, CHANNELS)[None, :]
-    t, c = tl.arange(0, TOKENS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    line = tl.arange(0, HEADS * TOKENS)
+    pid = tl.program_id(0)
+    group, first = pid % groups, (pid // groups) * per_program
+    c, known = _channels(group, channels, width, GROUP, WIDTH)
+    line = group * GROUP * TOKENS + tl.arange(0, GROUP * TOKENS)
+    t = tl.arange(0, TOKENS)[:, None]
     for unit in range(first, tl.minimum(first + per_program, units)):
-        top = tl.full((HEADS * TOKENS,), float("-inf"), tl.float32)
-        sums = tl.zeros((HEADS * TOKENS,), tl.float32)
-        mixed = tl.zeros((HEADS * TOKENS, CHANNELS), tl.float32)
+        top = tl.full((GROUP * TOKENS,), float("-inf"), tl.float32)
+        sums = tl.zeros((GROUP * TOKENS,), tl.float32)
+        mixed = tl.zeros((GROUP * TOKENS, WIDTH), tl.float32)
         begin = (unit % chunks) * chunk
         for start in range(begin, tl.minimum(begin + chunk, patch_rows * patch_columns), BLOCK_M):
             place, inside, there = _pixels(unit // chunks, start, rows, columns, across, down,
                                            patch_rows, patch_columns, x_b, x_h, x_w,
                                            BLOCK_M)  # fmt: skip
             inside = inside & (start + tl.arange(0, BLOCK_M) < begin + chunk)
-            pixels = _load_pixels(x, place, there & inside, x_c, channels, CHANNELS)
-            scores = tl.dot(
-                pixels, tl.trans(_keys(keys, HEADS, TOKENS, CHANNELS)), input_precision=PRECISION
-            )
+            there = there & inside
+            scores = _scored(x, place, there, x_c, keys, line, channels,
+                             PRECISION, CHANNELS, GROUP * TOKENS, BLOCK_M, BLOCK_K)  # fmt: skip
             scores = tl.where(inside[:, None], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=0))
             e = tl.exp(scores - higher[None, :])
             fade = tl.exp(top - higher)
             sums = sums * fade + tl.sum(e, axis=0)
-            values = (
-                tl.dot(
-                    pixels,
-                    tl.trans(_square(value_weight, channels, CHANNELS)),
-                    input_precision=PRECISION,
-                )
-                + value_shift
-            )
+            values = _projected(x, place, there, x_c, value_weight, value_bias, c, known,
+                                channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
             mixed = mixed * fade[:, None]
             mixed += tl.dot(tl.trans(e), values, input_precision=PRECISION)
             top = higher
         if not PARTS:
             mixed = mixed / sums[:, None]
-        z = _gathered(mixed, width, HEADS, TOKENS, CHANNELS)
+        z = _gathered(mixed, width, GROUP, TOKENS, WIDTH)
         if not PARTS:
-            z += _prompt_tokens(prompts, channels, tokens, width, CHANNELS, TOKENS)
-        tl.store(most + unit * HEADS * TOKENS + line, top)
-        tl.store(total + unit * HEADS * TOKENS + line, sums)
-        place = (unit * tokens + t) * channels + c
+            z += _prompt_tokens(prompts, c, known, tokens, width, TOKENS)
+        tl.store(most + _long(unit) * HEADS * TOKENS + line, top)
+        tl.store(total + _long(unit) * HEADS * TOKENS + line, sums)
+        place = (_long(unit) * tokens + t) * channels + c[None, :]
         z = narrow(z, latents.dtype.element_ty)
-        tl.store(latents + place, z, mask=(t < tokens) & (c < channels))
+        tl.store(latents + place, z, mask=(t < tokens) & known[None, :])
 
 
 @triton.jit
@@ -483,7 +531,8 @@ def latent_merge_kernel(
     """The chunks of a patch, one after the other, to its tokens."""
     patch = tl.program_id(0).to(tl.int64)
     LINES: tl.constexpr = HEADS * TOKENS
-    t, c = tl.arange(0, TOKENS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    channel = tl.arange(0, CHANNELS)
+    t, c = tl.arange(0, TOKENS)[:, None], channel[None, :]
     there = (t < tokens) & (c < channels)
     # The row (head, token) of each value, so that no row is lost or read twice.
     line = tl.minimum(c // width, HEADS - 1) * TOKENS + t
@@ -507,7 +556,7 @@ def latent_merge_kernel(
         new = tl.load(part_total + unit * LINES + rows) * tl.exp(m - higher)
         row_sums = row_sums * tl.exp(row_top - higher) + new
         row_top = higher
-    prompt = _prompt_tokens(prompts, channels, tokens, width, CHANNELS, TOKENS)
+    prompt = _prompt_tokens(prompts, channel, channel < channels, tokens, width, TOKENS)
     z = narrow(mixed / sums + prompt, latents.dtype.element_ty)
     tl.store(latents + (patch * tokens + t) * channels + c, z, mask=there)
     tl.store(most + patch * LINES + rows, row_top)
@@ -518,173 +567,201 @@ def latent_merge_kernel(
 def latent_decode_fwd_kernel(
     x, latents, query_weight, query_bias, y,
     x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
-    channels, rows, columns, across, down, patch_rows, patch_columns,
-    tokens, width, units, per_program, chunks, chunk,
+    rows, columns, across, down, patch_rows, patch_columns,
+    channels: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, groups: tl.constexpr,
+    units, per_program, chunks, chunk,
     SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Pixels from the tokens of their patch, tile by tile."""
-    first = tl.program_id(0).to(tl.int64) * per_program
-    query_shift = _vector(query_bias, channels, CHANNELS)[None, :]
+    pid = tl.program_id(0)
+    group, first = pid % groups, (pid // groups) * per_program
+    c, known = _channels(group, channels, width, GROUP, WIDTH)
     for unit in range(first, tl.minimum(first + per_program, units)):
         patch = unit // chunks
-        source = latents + patch * tokens * channels
-        token = _spread(_tokens(source, channels, tokens, CHANNELS, TOKENS), width,
-                        HEADS, TOKENS, CHANNELS)  # fmt: skip
+        source = latents + _long(patch) * tokens * channels
+        token = _tokens(source, c, known, channels, tokens, TOKENS)
+        token = _spread(token, width, GROUP, TOKENS, WIDTH)
         begin = (unit % chunks) * chunk
         for start in range(begin, tl.minimum(begin + chunk, patch_rows * patch_columns), BLOCK_M):
             mine = start + tl.arange(0, BLOCK_M) < begin + chunk
             place, _, there = _pixels(patch, start, rows, columns, across, down,
                                       patch_rows, patch_columns, x_b, x_h, x_w,
                                       BLOCK_M)  # fmt: skip
-            pixels = _load_pixels(x, place, there & mine, x_c, channels, CHANNELS)
-            queries = (
-                tl.dot(
-                    pixels,
-                    tl.trans(_square(query_weight, channels, CHANNELS)),
-                    input_precision=PRECISION,
-                )
-                + query_shift
-            )
+            there = there & mine
+            queries = _projected(x, place, there, x_c, query_weight, query_bias, c, known,
+                                 channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
             scores = tl.dot(queries, tl.trans(token), input_precision=PRECISION) * SCALE
-            attention = _token_softmax(scores, tokens, HEADS, TOKENS)
-            out = tl.dot(attention, token, input_precision=PRECISION) + pixels
+            attention = _token_softmax(scores, tokens, GROUP, TOKENS)
+            out = tl.dot(attention, token, input_precision=PRECISION)
+            out += _load(x, place, there, c, known, x_c).to(tl.float32)
             place, _, there = _pixels(patch, start, rows, columns, across, down,
                                       patch_rows, patch_columns, y_b, y_h, y_w,
                                       BLOCK_M)  # fmt: skip
-            _store_pixels(y, out, place, there & mine, y_c, channels, CHANNELS)
+            _store(y, out, place, there & mine, c, known, y_c)
 
 
 # -- backward ----------------------------------------------------------------------------------
 
 
 @triton.jit
+def _add(grad_x, partial, out, place, there, c, known, x_c, group, groups):
+    """Add a group's share of the pixels' gradient to what the groups before it left.
+
+    The sum is kept in float32 (``partial``); the last group's goes to ``grad_x``.
+    """
+    at = tl.full(there.shape, group, tl.int32)
+    out += _load(partial, place, there & (at > 0), c, known, x_c)
+    _store(partial, out, place, there & (at < groups - 1), c, known, x_c)
+    _store(grad_x, out, place, there & (at == groups - 1), c, known, x_c)
+
+
+@triton.jit
 def latent_decode_bwd_kernel(
-    grad, x, latents, query_weight, query_bias, grad_x, grad_latents, weight_sums, bias_sums,
-    g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
-    channels, rows, columns, across, down, patch_rows, patch_columns,
-    tokens, width, units, per_program, chunks, chunk,
+    grad, x, latents, query_weight, query_bias, partial, grad_x, grad_latents,
+    weight_sums, bias_sums,
+    x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
+    rows, columns, across, down, patch_rows, patch_columns,
+    channels: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, groups: tl.constexpr,
+    units, per_program, chunks, chunk,
     SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the pixels, of the tokens (a chunk's share) and of the query projection."""
-    pid = tl.program_id(0).to(tl.int64)
-    query_shift = _vector(query_bias, channels, CHANNELS)[None, :]
-    weight_sum = tl.zeros((CHANNELS, CHANNELS), tl.float32)
-    bias_sum = tl.zeros((CHANNELS,), tl.float32)
-    t, c = tl.arange(0, TOKENS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    for unit in range(pid * per_program, tl.minimum((pid + 1) * per_program, units)):
-        patch = unit // chunks
-        source = latents + patch * tokens * channels
-        token = _spread(_tokens(source, channels, tokens, CHANNELS, TOKENS), width,
-                        HEADS, TOKENS, CHANNELS)  # fmt: skip
-        token_sum = tl.zeros((HEADS * TOKENS, CHANNELS), tl.float32)
-        begin = (unit % chunks) * chunk
-        for start in range(begin, tl.minimum(begin + chunk, patch_rows * patch_columns), BLOCK_M):
-            mine = start + tl.arange(0, BLOCK_M) < begin + chunk
-            place, _, there = _pixels(patch, start, rows, columns, across, down,
-                                      patch_rows, patch_columns, x_b, x_h, x_w,
-                                      BLOCK_M)  # fmt: skip
-            pixels = _load_pixels(x, place, there & mine, x_c, channels, CHANNELS)
-            place, _, there = _pixels(patch, start, rows, columns, across, down,
-                                      patch_rows, patch_columns, g_b, g_h, g_w,
-                                      BLOCK_M)  # fmt: skip
-            flow = _load_pixels(grad, place, there & mine, g_c, channels, CHANNELS)
-            query = _square(query_weight, channels, CHANNELS)
-            queries = tl.dot(pixels, tl.trans(query), input_precision=PRECISION) + query_shift
-            scores = tl.dot(queries, tl.trans(token), input_precision=PRECISION) * SCALE
-            attention = _token_softmax(scores, tokens, HEADS, TOKENS)
-            slope = attention * tl.dot(flow, tl.trans(token), input_precision=PRECISION)
-            slope = (slope - attention * _head_sums(slope, HEADS, TOKENS)) * SCALE
-            token_sum += tl.dot(tl.trans(attention), flow, input_precision=PRECISION)
-            token_sum += tl.dot(tl.trans(slope), queries, input_precision=PRECISION)
-            to_query = tl.dot(slope, token, input_precision=PRECISION)
-            weight_sum += tl.dot(tl.trans(to_query), pixels, input_precision=PRECISION)
-            bias_sum += tl.sum(to_query, axis=0)
-            out = flow + tl.dot(to_query, query, input_precision=PRECISION)
-            place, _, there = _pixels(patch, start, rows, columns, across, down,
-                                      patch_rows, patch_columns, y_b, y_h, y_w,
-                                      BLOCK_M)  # fmt: skip
-            _store_pixels(grad_x, out, place, there & mine, y_c, channels, CHANNELS)
-        found = _gathered(token_sum, width, HEADS, TOKENS, CHANNELS)
-        place = (unit * tokens + t) * channels + c
-        tl.store(grad_latents + place, found, mask=(t < tokens) & (c < channels))
-    c = tl.arange(0, CHANNELS)
-    inside = (c < channels)[:, None] & (c < channels)[None, :]
-    place = (pid * channels + c[:, None]) * channels + c[None, :]
-    tl.store(weight_sums + place, weight_sum, mask=inside)
-    tl.store(bias_sums + pid * channels + c, bias_sum, mask=c < channels)
+    pid = tl.program_id(0)
+    all_c = tl.arange(0, CHANNELS)
+    t = tl.arange(0, TOKENS)[:, None]
+    for group in range(groups):
+        c, known = _channels(group, channels, width, GROUP, WIDTH)
+        weight_sum = tl.zeros((WIDTH, CHANNELS), tl.float32)
+        bias_sum = tl.zeros((WIDTH,), tl.float32)
+        for unit in range(pid * per_program, tl.minimum((pid + 1) * per_program, units)):
+            patch = unit // chunks
+            source = latents + _long(patch) * tokens * channels
+            token = _tokens(source, c, known, channels, tokens, TOKENS)
+            token = _spread(token, width, GROUP, TOKENS, WIDTH)
+            token_sum = tl.zeros((GROUP * TOKENS, WIDTH), tl.float32)
+            begin = (unit % chunks) * chunk
+            end = tl.minimum(begin + chunk, patch_rows * patch_columns)
+            for start in range(begin, end, BLOCK_M):
+                mine = start + tl.arange(0, BLOCK_M) < begin + chunk
+                place, _, there = _pixels(patch, start, rows, columns, across, down,
+                                          patch_rows, patch_columns, x_b, x_h, x_w,
+                                          BLOCK_M)  # fmt: skip
+                there = there & mine
+                out_place, _, _ = _pixels(patch, start, rows, columns, across, down,
+                                          patch_rows, patch_columns, y_b, y_h, y_w,
+                                          BLOCK_M)  # fmt: skip
+                flow = _load(grad, out_place, there, c, known, y_c).to(tl.float32)
+                queries = _projected(x, place, there, x_c, query_weight, query_bias, c, known,
+                                     channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
+                scores = tl.dot(queries, tl.trans(token), input_precision=PRECISION) * SCALE
+                attention = _token_softmax(scores, tokens, GROUP, TOKENS)
+                slope = attention * tl.dot(flow, tl.trans(token), input_precision=PRECISION)
+                slope = (slope - attention * _head_sums(slope, GROUP, TOKENS)) * SCALE
+                token_sum += tl.dot(tl.trans(attention), flow, input_precision=PRECISION)
+                token_sum += tl.dot(tl.trans(slope), queries, input_precision=PRECISION)
+                to_query = tl.dot(slope, token, input_precision=PRECISION)
+                pixels = _load(x, place, there, all_c, all_c < channels, x_c).to(tl.float32)
+                weight_sum += tl.dot(tl.trans(to_query), pixels, input_precision=PRECISION)
+                bias_sum += tl.sum(to_query, axis=0)
+                straight = there & (tl.full(there.shape, group, tl.int32) == 0)
+                for first in range(0, channels, BLOCK_K):
+                    k = first + tl.arange(0, BLOCK_K)
+                    weight = _weight(query_weight, c, known, k, channels).to(tl.float32)
+                    out = tl.dot(to_query, weight, input_precision=PRECISION)
+                    out += _load(grad, out_place, straight, k, k < channels, y_c).to(tl.float32)
+                    _add(grad_x, partial, out, out_place, there, k, k < channels, y_c,
+                         group, groups)  # fmt: skip
+            found = _gathered(token_sum, width, GROUP, TOKENS, WIDTH)
+            place = (_long(unit) * tokens + t) * channels + c[None, :]
+            tl.store(grad_latents + place, found, mask=(t < tokens) & known[None, :])
+        place = (pid * channels + c[:, None]) * channels + all_c[None, :]
+        tl.store(weight_sums + place, weight_sum, mask=known[:, None] & (all_c < channels)[None, :])
+        tl.store(bias_sums + pid * channels + c, bias_sum, mask=known)
+        tl.debug_barrier()  # what this group left is read by other threads
 
 
 @triton.jit
 def latent_encode_bwd_kernel(
     grad_latents, x, latents, most, total, prompts, keys, value_weight, value_bias,
-    grad_in, grad_x, value_sums, key_sums,
-    x_b, x_c, x_h, x_w, i_b, i_c, i_h, i_w, y_b, y_c, y_h, y_w,
-    channels, rows, columns, across, down, patch_rows, patch_columns,
-    tokens, width, units, per_program, chunks, chunk,
+    grad_in, partial, grad_x, value_sums, key_sums,
+    x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
+    rows, columns, across, down, patch_rows, patch_columns,
+    channels: tl.constexpr, tokens: tl.constexpr, width: tl.constexpr, groups: tl.constexpr,
+    units, per_program, chunks, chunk,
     SCALE: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the pixels (ADD: plus ``grad_in``), of the values' weight, of the folded keys.
 
     ``latents`` are the tokens; without the prompts they are the attention's means, whose product
     with their gradient is the softmax's inner sum.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    value_shift = _vector(value_bias, channels, CHANNELS)[None, :]
-    prompt = _prompt_tokens(prompts, channels, tokens, width, CHANNELS, TOKENS)
-    line = tl.arange(0, HEADS * TOKENS)
-    value_sum = tl.zeros((CHANNELS, CHANNELS), tl.float32)
-    key_sum = tl.zeros((HEADS * TOKENS, CHANNELS), tl.float32)
-    for unit in range(pid * per_program, tl.minimum((pid + 1) * per_program, units)):
-        patch = unit // chunks
-        here = patch * tokens * channels
-        flow = _tokens(grad_latents + here, channels, tokens, CHANNELS, TOKENS)
-        mean = _tokens(latents + here, channels, tokens, CHANNELS, TOKENS) - prompt
-        inner = tl.sum(_spread(flow * mean, width, HEADS, TOKENS, CHANNELS), axis=1)
-        flow = _spread(flow, width, HEADS, TOKENS, CHANNELS)
-        top = tl.load(most + patch * HEADS * TOKENS + line)
-        sums = tl.load(total + patch * HEADS * TOKENS + line)
-        begin = (unit % chunks) * chunk
-        for start in range(begin, tl.minimum(begin + chunk, patch_rows * patch_columns), BLOCK_M):
-            place, inside, there = _pixels(patch, start, rows, columns, across, down,
-                                           patch_rows, patch_columns, x_b, x_h, x_w,
-                                           BLOCK_M)  # fmt: skip
-            mine = start + tl.arange(0, BLOCK_M) < begin + chunk
-            inside, there = inside & mine, there & mine
-            pixels = _load_pixels(x, place, there, x_c, channels, CHANNELS)
-            key = _keys(keys, HEADS, TOKENS, CHANNELS)
-            scores = tl.dot(pixels, tl.trans(key), input_precision=PRECISION)
-            attention = tl.exp(scores - top[None, :]) / sums[None, :]
-            attention = tl.where(inside[:, None], attention, 0.0)
-            value = _square(value_weight, channels, CHANNELS)
-            values = tl.dot(pixels, tl.trans(value), input_precision=PRECISION) + value_shift
-            slope = tl.dot(values, tl.trans(flow), input_precision=PRECISION)
-            slope = attention * (slope - inner[None, :])
-            to_value = tl.dot(attention, flow, input_precision=PRECISION)
-            value_sum += tl.dot(tl.trans(to_value), pixels, input_precision=PRECISION)
-            key_sum += tl.dot(tl.trans(slope), pixels, input_precision=PRECISION)
-            out = tl.dot(to_value, value, input_precision=PRECISION)
-            out += tl.dot(slope, key, input_precision=PRECISION)
-            if ADD:
-                place, _, there = _pixels(patch, start, rows, columns, across, down,
-                                          patch_rows, patch_columns, i_b, i_h, i_w,
-                                          BLOCK_M)  # fmt: skip
-                out += _load_pixels(grad_in, place, there & mine, i_c, channels, CHANNELS)
-            place, _, there = _pixels(patch, start, rows, columns, across, down,
+    pid = tl.program_id(0)
+    all_c = tl.arange(0, CHANNELS)
+    there_is = (all_c < channels)[None, :]
+    for group in range(groups):
+        c, known = _channels(group, channels, width, GROUP, WIDTH)
+        line = group * GROUP * TOKENS + tl.arange(0, GROUP * TOKENS)
+        prompt = _prompt_tokens(prompts, c, known, tokens, width, TOKENS)
+        value_sum = tl.zeros((WIDTH, CHANNELS), tl.float32)
+        key_sum = tl.zeros((GROUP * TOKENS, CHANNELS), tl.float32)
+        for unit in range(pid * per_program, tl.minimum((pid + 1) * per_program, units)):
+            patch = unit // chunks
+            here = _long(patch) * tokens * channels
+            flow = _tokens(grad_latents + here, c, known, channels, tokens, TOKENS)
+            mean = _tokens(latents + here, c, known, channels, tokens, TOKENS) - prompt
+            inner = tl.sum(_spread(flow * mean, width, GROUP, TOKENS, WIDTH), axis=1)
+            flow = _spread(flow, width, GROUP, TOKENS, WIDTH)
+            top = tl.load(most + _long(patch) * HEADS * TOKENS + line)
+            sums = tl.load(total + _long(patch) * HEADS * TOKENS + line)
+            begin = (unit % chunks) * chunk
+            end = tl.minimum(begin + chunk, patch_rows * patch_columns)
+            for start in range(begin, end, BLOCK_M):
+                place, inside, there = _pixels(patch, start, rows, columns, across, down,
+                                               patch_rows, patch_columns, x_b, x_h, x_w,
+                                               BLOCK_M)  # fmt: skip
+                mine = start + tl.arange(0, BLOCK_M) < begin + chunk
+                inside, there = inside & mine, there & mine
+                scores = _scored(x, place, there, x_c, keys, line, channels,
+                                 PRECISION, CHANNELS, GROUP * TOKENS,
+                                 BLOCK_M, BLOCK_K)  # fmt: skip
+                attention = tl.exp(scores - top[None, :]) / sums[None, :]
+                attention = tl.where(inside[:, None], attention, 0.0)
+                values = _projected(x, place, there, x_c, value_weight, value_bias, c, known,
+                                    channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
+                slope = tl.dot(values, tl.trans(flow), input_precision=PRECISION)
+                slope = attention * (slope - inner[None, :])
+                to_value = tl.dot(attention, flow, input_precision=PRECISION)
+                pixels = _load(x, place, there, all_c, all_c < channels, x_c).to(tl.float32)
+                value_sum += tl.dot(tl.trans(to_value), pixels, input_precision=PRECISION)
+                key_sum += tl.dot(tl.trans(slope), pixels, input_precision=PRECISION)
+                place, _, _ = _pixels(patch, start, rows, columns, across, down,
                                       patch_rows, patch_columns, y_b, y_h, y_w,
                                       BLOCK_M)  # fmt: skip
-            _store_pixels(grad_x, out, place, there & mine, y_c, channels, CHANNELS)
-    c = tl.arange(0, CHANNELS)
-    known = (c < channels)[None, :]
-    place = (pid * channels + c[:, None]) * channels + c[None, :]
-    tl.store(value_sums + place, value_sum, mask=(c < channels)[:, None] & known)
-    place = (pid * HEADS * TOKENS + line[:, None]) * channels + c[None, :]
-    tl.store(key_sums + place, key_sum, mask=known)
+                straight = there & (tl.full(there.shape, group, tl.int32) == 0)
+                for first in range(0, channels, BLOCK_K):
+                    k = first + tl.arange(0, BLOCK_K)
+                    weight = _weight(value_weight, c, known, k, channels).to(tl.float32)
+                    out = tl.dot(to_value, weight, input_precision=PRECISION)
+                    key = _keys(keys, line, k, channels, CHANNELS)
+                    out += tl.dot(slope, key, input_precision=PRECISION)
+                    if ADD:
+                        out += _load(grad_in, place, straight, k, k < channels, y_c)
+                    _add(grad_x, partial, out, place, there, k, k < channels, y_c,
+                         group, groups)  # fmt: skip
+        place = (pid * channels + c[:, None]) * channels + all_c[None, :]
+        tl.store(value_sums + place, value_sum, mask=known[:, None] & there_is)
+        place = (pid * HEADS * TOKENS + line[:, None]) * channels + all_c[None, :]
+        tl.store(key_sums + place, key_sum, mask=there_is)
+        tl.debug_barrier()  # what this group left is read by other threads
 
 
 # -- launchers ---------------------------------------------------------------------------------
@@ -725,6 +802,9 @@ def _cut(x: Tensor, heads: int, tokens: int, ph: int, pw: int) -> _Cut:
     chunk = min(pixels, CHUNK)
     half = x.dtype != torch.float32
     amd = architecture(x.device).startswith("gfx")
+    padded = _padded(channels, heads, tokens)
+    if batch * across * down * blocks(pixels, chunk) >= 2**31:
+        raise ValueError("x must have fewer than 2^31 patches for Triton's kernels")
     return _Cut(
         patches=batch * across * down,
         pixels=pixels,
@@ -741,22 +821,27 @@ def _cut(x: Tensor, heads: int, tokens: int, ph: int, pw: int) -> _Cut:
             "patch_columns": pw,
             "tokens": tokens,
             "width": channels // heads,
+            "groups": blocks(heads, padded["GROUP"]),
         },
         constants={
             "SCALE": 1 / math.sqrt(channels // heads),
             "PRECISION": "ieee" if amd else "tf32" if half else "tf32x3",
-            **_padded(channels, heads, tokens),
+            **padded,
         },
     )
 
 
 def _padded(channels: int, heads: int, tokens: int) -> dict[str, int]:
-    """Sizes as powers of two, with at least 16 rows and columns for the matrix units."""
-    many = power_of_two(tokens)
+    """Sizes as powers of two; a group of heads has at least 16 rows and channels, as the matrix
+    units want them."""
+    many, width = power_of_two(tokens), channels // heads
+    group = power_of_two(max(blocks(16, many), min(blocks(16, width), heads)))
     return {
-        "HEADS": power_of_two(heads, max(16 // many, 1)),
+        "HEADS": power_of_two(heads, group),
         "TOKENS": many,
         "CHANNELS": power_of_two(channels, 16),
+        "GROUP": group,
+        "WIDTH": power_of_two(min(group, heads) * width, 16),
     }
 
 
@@ -835,7 +920,7 @@ def _encoded(
     def run(tile: Tile) -> None:
         launch(
             latent_encode_fwd_kernel,
-            (cut.programs,),
+            (cut.programs * cut.sizes["groups"],),
             tile,
             x=x,
             prompts=prompts,
@@ -956,7 +1041,7 @@ def _decoded(x: Tensor, latents: Tensor, qw: Tensor, qb: Tensor, cut: _Cut) -> T
     def run(tile: Tile) -> None:
         launch(
             latent_decode_fwd_kernel,
-            (cut.programs,),
+            (cut.programs * cut.sizes["groups"],),
             tile,
             x=x,
             latents=latents,
@@ -976,6 +1061,12 @@ def _decoded(x: Tensor, latents: Tensor, qw: Tensor, qb: Tensor, cut: _Cut) -> T
     return y
 
 
+def _partial(grad_x: Tensor, cut: _Cut) -> Tensor:
+    """Where the groups of heads, one after the other, add up the gradient of the pixels."""
+    whole = grad_x.dtype == torch.float32 or cut.sizes["groups"] == 1
+    return grad_x if whole else torch.empty_like(grad_x, dtype=torch.float32)
+
+
 def _decode_gradients(
     grad: Tensor, x: Tensor, latents: Tensor, qw: Tensor, qb: Tensor, cut: _Cut, grad_x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -986,6 +1077,8 @@ def _decode_gradients(
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     flow = empty(cut.patches, cut.chunks, tokens, channels)
+    partial = _partial(grad_x, cut)
+    grad = match(grad, x)
     weight, bias = empty(cut.programs, channels, channels), empty(cut.programs, channels)
 
     def run(tile: Tile) -> None:
@@ -998,11 +1091,11 @@ def _decode_gradients(
             latents=latents,
             query_weight=qw,
             query_bias=qb,
+            partial=partial,
             grad_x=grad_x,
             grad_latents=flow,
             weight_sums=weight,
             bias_sums=bias,
-            **strides(grad, "g_b", "g_c", "g_h", "g_w"),
             **strides(x, "x_b", "x_c", "x_h", "x_w"),
             **strides(grad_x, "y_b", "y_c", "y_h", "y_w"),
             **cut.sizes,
@@ -1037,6 +1130,7 @@ def _encode_gradients(
     value = torch.empty((cut.programs, channels, channels), device=x.device)
     key = torch.empty((cut.programs, *padded, channels), device=x.device)
     source = grad_x if grad_in is None else grad_in
+    partial = _partial(grad_x, cut)
 
     def run(tile: Tile) -> None:
         launch(
@@ -1053,11 +1147,11 @@ def _encode_gradients(
             value_weight=vw,
             value_bias=vb,
             grad_in=source,
+            partial=partial,
             grad_x=grad_x,
             value_sums=value,
             key_sums=key,
             **strides(x, "x_b", "x_c", "x_h", "x_w"),
-            **strides(source, "i_b", "i_c", "i_h", "i_w"),
             **strides(grad_x, "y_b", "y_c", "y_h", "y_w"),
             **cut.sizes,
             **cut.shares(),
@@ -1182,7 +1276,7 @@ def latent_operator(
     def run(tile: Tile) -> None:
         launch(
             latent_operator_fwd_kernel,
-            (cut.programs,),
+            (cut.programs * cut.sizes["groups"],),
             tile,
             x=x,
             prompts=prompts,
