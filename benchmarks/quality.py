@@ -221,7 +221,8 @@ SECTIONS = {
         "Trained on eight other CAVE scenes for the minutes in each row's name, on the threads "
         "named below, by the recipes of `TRAININGS` in `benchmarks/quality.py`; the papers train "
         "for hours on a GPU, and nothing here speaks for or against their figures. CoFusion has 32 "
-        "features and one, one and two blocks. The same scenes by `bicubic`, `regression` and "
+        "features and one, one and two blocks. The weights that did best on these two scenes are "
+        "kept, as in any training here. The same scenes by `bicubic`, `regression` and "
         "`fsrvl`: first table. What was tried to beat the closed form: [training.md](training.md).",
     ),
     "cofusion": (
