@@ -121,8 +121,8 @@ def growth(table: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     lines = [
         "## Size",
         "",
-        "Nanoseconds a pixel of 64 channels, for square images; and how far the slowest is from "
-        "the fastest.",
+        "Nanoseconds a pixel of 64 channels, for square images as large as the machine's memory "
+        "holds; and how far the slowest is from the fastest.",
         "",
         f"| operator | {' | '.join(f'{side}²' for side in sides)} | apart |",
         "|---|" + "---|" * (len(sides) + 1),
@@ -231,7 +231,7 @@ def main() -> int:
         source.unlink(missing_ok=True)  # where nothing matches, pytest-benchmark leaves the old one
         status = run(options.select, source)
         if not source.is_file():
-            raise SystemExit("no benchmark was run")
+            raise SystemExit(f"no benchmark was run: pytest ended with status {status}")
     data = json.loads(source.read_text())
     changes = [] if before is None else benchmarking.compare(before, data)
     write(data, options.write)
