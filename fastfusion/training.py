@@ -1008,8 +1008,9 @@ def train_on_pair(
     if best is None:
         return SelfTrained(None, fitted, prior, 0.0, "training gained nothing over the closed form")
     # It says its correction in units of the closed form's errors, which may be smaller here.
-    smaller = _missing(fitted, lr_hsi[0], hr_msi[0]) / _missing(coarse, low_hsi, low_msi)
-    best.error_axes.mul_(min(1.0, smaller))
+    here, there = _missing(fitted, lr_hsi[0], hr_msi[0]), _missing(coarse, low_hsi, low_msi)
+    if here < there:
+        best.error_axes.mul_(here / there)
     return SelfTrained(best.eval(), fitted, prior, best_gain)
 
 
