@@ -15,8 +15,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 << 20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+# The least of some: a small block may lie in the freed one and push a tensor elsewhere.
+print(min(faults() for _ in range(8)))
 """
 
 
