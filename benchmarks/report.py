@@ -21,6 +21,8 @@ from fastfusion import benchmarking, reports
 ROOT = Path(__file__).resolve().parents[1]
 
 OURS = "fastfusion"
+#: What stands from this line on in the page is written by hand, and stays when it is made again.
+NOTES = "<!-- Written by hand from here on; `make bench` keeps it. -->"
 
 
 def run(select: str, target: Path) -> int:
@@ -185,10 +187,12 @@ def write(data: dict[str, Any], target: Path) -> None:
         "",
         "Made by `make bench`; the rows with their quartiles are in "
         f"[{source.name}]({source.name}), and `out/bench.html` draws them on a page that needs "
-        "nothing else. `make bench COMPARE=FILE` sets an earlier `out/bench.json` beside a run.",
+        "nothing else. `make bench COMPARE=FILE` sets an earlier `out/bench.json` beside a run. "
+        "Notes by hand stand at the end.",
         "",
-        f"Machine: {first['cpu']}, {first['threads']} threads, kernels for {first['capability']}; "
-        f"torch {first['torch']}, Python {first['python']}. Measured in the same run: a large copy "
+        f"Measured on {data['datetime'][:10]}. Machine: {first['cpu']}, {first['threads']} "
+        f"threads, kernels for {first['capability']}; torch {first['torch']}, Python "
+        f"{first['python']}. In the same run: a large copy "
         f"{first['bandwidth'] / 1e9:.1f} GB/s (read + write), a float32 matrix product "
         f"{first['matrix_rate'] / 1e9:.0f} GFLOP/s.",
         "",
@@ -212,7 +216,13 @@ def write(data: dict[str, Any], target: Path) -> None:
         "",
         *growth(table),
     ]
-    target.write_text("\n".join(lines))
+    target.write_text("\n".join([*lines, NOTES]) + notes(target))
+
+
+def notes(page: Path) -> str:
+    """What was written by hand at the end of a page."""
+    _, _, kept = page.read_text().partition(NOTES) if page.is_file() else ("", "", "")
+    return kept or "\n"
 
 
 def main() -> int:
@@ -235,6 +245,8 @@ def main() -> int:
     data = json.loads(source.read_text())
     changes = [] if before is None else benchmarking.compare(before, data)
     write(data, options.write)
+    if notes(options.write).strip():
+        print(f"{options.write}: its notes were kept; read whether they are still true of this run")
     drawn = source.with_suffix(".html")
     drawn.write_text(reports.page(data, changes, command="make bench"))
     print("\n".join([*markdown(rows(data)), *(f"{c.name}: {c}" for c in changes), str(drawn)]))

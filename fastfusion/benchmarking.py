@@ -30,6 +30,8 @@ __all__ = ["OPERATIONS", "SHAPES", "Change", "compare", "measure", "take_turns"]
 
 #: Without --shape: three sizes, for the curves.
 SHAPES = ((1, 64, 64, 64), (1, 64, 128, 128), (1, 64, 256, 256))
+#: What others are compared with: the definition in plain PyTorch, by the names that it has.
+PLAIN = ("definition", "eager")
 _ROUNDS = (5, 200)
 # What a kernel may be off by beyond 1.5 times the definition in the same dtype, relative L2.
 _BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -160,6 +162,27 @@ OPERATIONS: dict[str, Operation] = {
     "depthwise_conv2d_dilated": depthwise(7, 3),
     "large_kernel_attention": large_attention(),
     "multiscale_attention": multiscale(),
+}
+
+
+#: What each of them does, for a reader who has never seen it.
+ABOUT: dict[str, str] = {
+    "latent_operator": "LSO's and LSM's layer: from the pixels of a patch to a few tokens by "
+    "attention, a trigonometric series on these, and back",
+    "frequency_filter2d": "FSRVL's layer: Fourier transform, mixing of the channels, a filter over "
+    "the frequencies, and back",
+    "frequency_filter2d_circular": "FSRVL's layer, periodic over the frequencies: computed without "
+    "any transform",
+    "haar_dwt2d": "Haar wavelet transform, one level",
+    "haar_idwt2d": "inverse Haar wavelet transform, one level",
+    "haar_split2d": "an image cut into its low and its high part by the Haar transform",
+    "coordinate_mixing": "CoFusion's: the most salient columns of a matrix, swept from left to "
+    "right into a state",
+    "depthwise_conv2d": "convolution of each channel with its own filter",
+    "depthwise_conv2d_dilated": "convolution of each channel with its own filter, with gaps "
+    "between its taps",
+    "large_kernel_attention": "VAN's: an image weighted by two depthwise convolutions and a 1x1",
+    "multiscale_attention": "CoFusion's: filters of several sizes, weighted pixel by pixel",
 }
 
 
@@ -436,38 +459,80 @@ def _statistics(samples: list[float]) -> dict[str, float | int]:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A row in two runs: how many times faster it got, and whether that is beyond the noise."""
+    """A row in two runs: how many times faster it got, and whether that is beyond the noise.
+
+    ``control`` is the same ratio of the definition in plain PyTorch on the same work, where both
+    runs have it: what the machine, or PyTorch, was faster by.
+    """
 
     name: str
     ratio: float
     beyond_noise: bool
+    control: float | None = None
 
     def __str__(self) -> str:
-        if not self.beyond_noise:
-            return f"within the noise ({self.ratio:.2f})"
-        return (
-            f"{self.ratio:.2f} times faster"
-            if self.ratio > 1
-            else f"{1 / self.ratio:.2f} times slower"
-        )
+        if self.beyond_noise:
+            return _faster(self.ratio)
+        if self.control is not None and abs(math.log(self.ratio)) > 0.05:
+            return f"within the noise ({self.ratio:.2f}; the definition {self.control:.2f})"
+        return f"within the noise ({self.ratio:.2f})"
+
+
+def _faster(ratio: float) -> str:
+    return f"{ratio:.2f} times faster" if ratio > 1 else f"{1 / ratio:.2f} times slower"
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """The rows that two runs share, by name.
 
-    A change is beyond the noise where the quartiles of the two runs do not overlap.
+    A change is beyond the noise where the quartiles of the two runs do not overlap, neither as they
+    are nor divided by the median of the definition in the same run: a machine that was busy in one
+    of them slows everybody down, and is no change of a kernel.
 
-    >>> def run(median):
-    ...     stats = {"median": median, "q1": 0.9 * median, "q3": 1.1 * median}
-    ...     return {"benchmarks": [{"name": "work", "stats": stats}]}
-    >>> print(*compare(run(3.0), run(1.5)), *compare(run(3.0), run(2.9)), sep="; ")
-    2.00 times faster; within the noise (1.03)
+    >>> def run(median, definition):
+    ...     def row(who, x):
+    ...         stats = {"median": x, "q1": 0.9 * x, "q3": 1.1 * x}
+    ...         extra = {"contestant": who}
+    ...         return {"name": who, "group": "work", "stats": stats, "extra_info": extra}
+    ...     return {"benchmarks": [row("auto", median), row("definition", definition)]}
+    >>> print(*compare(run(3.0, 9.0), run(1.5, 9.0)), sep="; ")
+    2.00 times faster; within the noise (1.00)
+    >>> print(compare(run(3.0, 9.0), run(1.5, 4.5))[0])  # everybody is twice as fast
+    within the noise (2.00; the definition 2.00)
     """
     old = {row["name"]: row["stats"] for row in before["benchmarks"]}
+    controls = [_controls(run) for run in (before, after)]
     changes = []
     for row in after["benchmarks"]:
-        if row["name"] in old:
-            a, b = old[row["name"]], row["stats"]
-            apart = a["q1"] > b["q3"] or b["q1"] > a["q3"]
-            changes.append(Change(row["name"], a["median"] / b["median"], apart))
+        if row["name"] not in old:
+            continue
+        a, b = old[row["name"]], row["stats"]
+        scales: list[tuple[float, float]] = [(1.0, 1.0)]
+        control = None
+        if _contestant(row) not in PLAIN and all(row.get("group") in found for found in controls):
+            scales.append((controls[0][row["group"]], controls[1][row["group"]]))
+            control = scales[1][0] / scales[1][1]
+        directions = {_apart(a, b, *scale) for scale in scales}
+        beyond = len(directions) == 1 and 0 not in directions
+        changes.append(Change(row["name"], a["median"] / b["median"], beyond, control))
     return changes
+
+
+def _contestant(row: dict[str, Any]) -> str:
+    return str(row.get("extra_info", {}).get("contestant", ""))
+
+
+def _controls(run: dict[str, Any]) -> dict[str, float]:
+    """The median of the definition for each piece of work."""
+    return {
+        row["group"]: row["stats"]["median"]
+        for row in run["benchmarks"]
+        if "group" in row and _contestant(row) in PLAIN
+    }
+
+
+def _apart(before: dict[str, float], after: dict[str, float], one: float, other: float) -> int:
+    """1 where the quartiles say faster, -1 slower, 0 where they overlap, each in its own unit."""
+    if before["q1"] / one > after["q3"] / other:
+        return 1
+    return -1 if after["q1"] / other > before["q3"] / one else 0
