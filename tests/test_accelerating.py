@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 import pickle
@@ -149,6 +150,28 @@ def test_what_is_not_covered_is_left_and_named(options, reason):
     report = fastfusion.accelerate(nn.Sequential(layer))
     assert report.swapped == []
     assert reason in report.left[0].note
+
+
+class _Quiet(nn.Conv2d):
+    """A subclass that computes nothing of its own, as transformers' EfficientNet has one."""
+
+
+class _Standardised(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+def test_subclasses_of_a_convolution():
+    options = {"padding": 1, "groups": 4}
+    net = nn.Sequential(_Quiet(4, 4, 3, **options), _Standardised(4, 4, 3, **options))
+    net.append(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, **options)))
+    x = torch.randn(2, 4, 9, 9)
+    expected = net(x)
+    report = fastfusion.accelerate(net)
+    assert [row.name for row in report.swapped] == ["0"]
+    assert "_Standardised has a forward of its own" in report.left[0].note
+    assert "parametrization" in report.left[1].note
+    assert_close(net(x), expected, 1e-5, "output")
 
 
 def test_a_look_alike_is_left():
@@ -315,12 +338,112 @@ def test_haar_transforms_of_pytorch_wavelets(wavelets, mode, size):
     assert torch.equal(model["analysis"](x)[0], low)
 
 
+class Wavelets(nn.Module):
+    """ptwt's transforms by matrices, which are no modules, as attributes of one."""
+
+    def __init__(self, wavelet="haar", level=2, separable=True, axes=(-2, -1)):
+        super().__init__()
+        ptwt = pytest.importorskip("ptwt")
+        options = {"separable": separable, "axes": axes}
+        self.analysis = ptwt.MatrixWavedec2(wavelet, level, **options)
+        self.synthesis = ptwt.MatrixWaverec2(wavelet, **options)
+
+    def forward(self, x):
+        low, *details = self.analysis(x)
+        return self.synthesis((low, *(tuple(2 * band for band in row) for row in details)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("separable", [True, False])
+def test_haar_transforms_of_ptwt(separable):
+    net = Wavelets(separable=separable)
+    x = torch.randn(2, 3, 8, 12, requires_grad=True)
+    low, *details = net.analysis(x)
+    back = net(x)
+    (gradient,) = torch.autograd.grad(back.square().sum(), x)
+    kinds = type(net.analysis), type(net.synthesis)
+    report = fastfusion.accelerate(net)
+    assert [row.name for row in report.swapped] == ["analysis", "synthesis"]
+    assert {row.kind for row in report.swapped} == {"Haar transform"}
+    assert fastfusion.accelerate(net).swapped == []
+    fast_low, *fast_details = net.analysis(x)
+    assert_close(fast_low, low, 1e-6, "approximation")
+    for bands, truths in zip(fast_details, details, strict=True):
+        assert bands._fields == truths._fields
+        for band, truth in zip(bands, truths, strict=True):
+            assert_close(band, truth, 1e-6, "details")
+    y = net(x)
+    assert_close(y, back, 1e-6, "inverse")
+    (fast_gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert_close(fast_gradient, gradient, 1e-5, "gradient")
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), y)
+    assert torch.equal(net(x[0]), y[0])  # any dimensions before the last two
+    odd = torch.randn(1, 2, 7, 12)  # which ptwt pads in its way
+    assert_close(net(odd), Wavelets(separable=separable)(odd), 1e-6, "odd")
+    report.restore()
+    assert (type(net.analysis), type(net.synthesis)) == kinds
+    assert_close(net(x), back, 1e-6, "restored")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_other_transforms_of_ptwt_are_left():
+    for options, reason in (({"wavelet": "db2"}, "another wavelet"), ({"axes": (-1, -2)}, "axes")):
+        report = fastfusion.accelerate(nn.Sequential(Wavelets(**options)))
+        assert not report.swapped
+        assert [row.name for row in report.left] == ["0.analysis", "0.synthesis"]
+        assert all(reason in row.note for row in report.left)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_transform_of_ptwt_is_swapped_where_it_gains(monkeypatch):
+    ratios = iter([2.0, 0.5])
+    asked = []
+    monkeypatch.setattr(
+        fastfusion.accelerating, "gain", lambda *found: asked.append(found[3]) or next(ratios)
+    )
+    seconds = iter([3.0, 2.0])
+    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    net, x = Wavelets(), torch.randn(1, 2, 8, 8)
+    plain = type(net.synthesis)
+    report = fastfusion.accelerate(net, x)
+    assert [row.name for row in report.swapped] == ["analysis"]
+    assert report.left[0].note == "no faster on the example: 0.50 times"
+    assert asked[0][0] is x
+    assert type(net.synthesis) is plain
+
+
 # -- other people's models ------------------------------------------------------------------------
 
 
+@functools.cache
+def _import_torchvision():
+    """Let a torchvision be imported whose library is of another build than PyTorch's.
+
+    transformers takes it where it is there, timm needs it. Such a one describes operators at import
+    that its library could not register; no model calls them, so it is enough to name them.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError as error:
+        if "does not exist" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        importlib.import_module("torchvision")
+        _import_torchvision.library = library  # which holds only as long as it is held
+
+
 def _third_party(name):
+    _import_torchvision()
     transformers = pytest.importorskip("transformers")
     small = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1], "num_channels": 3}
+    tiny = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
     makers = {
         "ConvNeXt": lambda: transformers.ConvNextModel(transformers.ConvNextConfig(**small)),
         "ConvNeXtV2": lambda: transformers.ConvNextV2Model(transformers.ConvNextV2Config(**small)),
@@ -330,8 +453,49 @@ def _third_party(name):
         "MobileNetV1": lambda: transformers.MobileNetV1Model(
             transformers.MobileNetV1Config(depth_multiplier=0.25, image_size=64)
         ),
+        "DINOv3ConvNext": lambda: transformers.DINOv3ConvNextModel(
+            transformers.DINOv3ConvNextConfig(**{**small, "layer_scale_init_value": 0.5})
+        ),
+        "EfficientNet": lambda: transformers.EfficientNetModel(
+            transformers.EfficientNetConfig(
+                width_coefficient=0.25, depth_coefficient=0.5, hidden_dim=320
+            )
+        ),
+        "MobileViT": lambda: transformers.MobileViTModel(
+            transformers.MobileViTConfig(
+                hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32]
+            )
+        ),
+        "MobileViTV2": lambda: transformers.MobileViTV2Model(
+            transformers.MobileViTV2Config(width_multiplier=0.25)
+        ),
+        "SegFormer": lambda: transformers.SegformerModel(
+            transformers.SegformerConfig(**tiny, num_attention_heads=[1, 2, 4, 8])
+        ),
+        "GLPN": lambda: transformers.GLPNModel(
+            transformers.GLPNConfig(**tiny, num_attention_heads=[1, 2, 4, 8])
+        ),
+        "PVTv2": lambda: transformers.PvtV2Model(
+            transformers.PvtV2Config(**tiny, num_attention_heads=[1, 2, 4, 8], image_size=64)
+        ),
+        "CvT": lambda: transformers.CvtModel(
+            transformers.CvtConfig(embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 2, 3])
+        ),
+        "SwiftFormer": lambda: transformers.SwiftFormerModel(
+            transformers.SwiftFormerConfig(depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32])
+        ),
+        "FocalNet": lambda: transformers.FocalNetModel(
+            transformers.FocalNetConfig(image_size=64, embed_dim=8, **tiny)
+        ),
+        "PPLCNet": lambda: transformers.PPLCNetBackbone(transformers.PPLCNetConfig()),
+        "HGNetV2": lambda: transformers.HGNetV2Backbone(transformers.HGNetV2Config()),
     }
     return makers[name]()
+
+
+def _features(output):
+    last = getattr(output, "last_hidden_state", None)
+    return output.feature_maps[-1] if last is None else last
 
 
 @pytest.mark.parametrize("name", ["ConvNeXt", "ConvNeXtV2", "MobileNetV2", "MobileNetV1"])
@@ -365,6 +529,88 @@ def test_third_party_models(name):
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(model(x).last_hidden_state, fresh(x).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("name", "swapped", "left"),
+    [
+        ("DINOv3ConvNext", 10, 0),
+        ("EfficientNet", 6, 4),
+        ("MobileViT", 3, 4),
+        ("MobileViTV2", 5, 4),
+        ("SegFormer", 4, 0),
+        ("GLPN", 4, 0),
+        ("PVTv2", 4, 0),
+        ("CvT", 6, 12),
+        ("SwiftFormer", 4, 0),
+        ("FocalNet", 8, 0),
+        ("PPLCNet", 9, 4),
+        ("HGNetV2", 24, 3),
+    ],
+)
+def test_more_third_party_models(name, swapped, left):
+    """Every layer of a known kind is swapped or named; outputs and gradients stay."""
+    torch.manual_seed(0)
+    model = _third_party(name).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # else what follows a tiny scale would not show
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    plain, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    report = fastfusion.accelerate(model)
+    assert (len(report.swapped), len(report.left)) == (swapped, left), str(report)
+    assert all(row.note == "not covered: stride (2, 2)" for row in report.left)
+    # By name, as "auto" leaves images as small as these to PyTorch.
+    kernels = "cpp" if fastfusion.backends()["cpp"] == "available" else "auto"
+    with fastfusion.backend(kernels):
+        with torch.no_grad():
+            assert_close(_features(model(x)), _features(plain(x)), 1e-5, "output")
+        for net in (model, plain):
+            _features(net(x)).square().mean().backward()
+    pairs = [(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True)]
+    pairs = [(p.grad, q.grad) for p, q in pairs if q.grad is not None]
+    scale = max(truth.norm().item() for _, truth in pairs)
+    for gradient, truth in pairs:
+        assert_close(gradient, truth, 1e-4, "gradient", scale=1e-2 * scale)
+    report.restore()
+    assert all(type(a) is type(b) for a, b in zip(model.modules(), plain.modules(), strict=True))
+
+
+def test_activations_in_a_model_that_cannot_be_traced(monkeypatch):
+    """FocalNet's filters and their GELUs are neighbours in an ``nn.Sequential``."""
+    monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: 2.0)
+    seconds = iter([3.0, 2.0])
+    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    model, x = _third_party("FocalNet").eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x).last_hidden_state
+        report = fastfusion.accelerate(model, x)
+        assert len(report.swapped) == 8
+        assert all(", with gelu of " in row.note for row in report.swapped)
+        assert_close(model(x).last_hidden_state, expected, 1e-5, "output")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_neighbours_that_somebody_else_calls_are_not_fused(monkeypatch):
+    class Peeking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU())
+
+        def forward(self, x):
+            if x.sum() > 1e9:  # no graph of it can be traced
+                return x
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: 2.0)
+    net, x = Peeking(), torch.randn(1, 4, 9, 9)
+    expected = net(x)
+    seconds = iter([3.0, 2.0])
+    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    report = fastfusion.accelerate(net, x)
+    assert [row.note for row in report.swapped] == ["3x3"]
+    assert_close(net(x), expected, 1e-5, "output")
 
 
 @pytest.mark.parametrize("name", ["ConvNeXt", "ConvNeXtV2", "MobileNetV2"])
@@ -402,6 +648,30 @@ class Response(nn.Module):
     def forward(self, x):
         norm = x.norm(dim=(1, 2), keepdim=True)
         return self.gamma * x * norm / (norm.mean(-1, keepdim=True) + 1e-6) + self.beta + x
+
+
+class MemoryFuser(nn.Module):
+    """SAM 2's block: ConvNeXt's with its norm before the permutation."""
+
+    class Norm(nn.LayerNorm):
+        data_format = "channels_first"
+
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.depthwise_conv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.layer_norm = self.Norm(width)
+        self.activation = nn.GELU()
+        self.pointwise_conv1 = nn.Linear(width, 4 * width)
+        self.pointwise_conv2 = nn.Linear(4 * width, width)
+        self.scale = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x):
+        y = self.layer_norm(self.depthwise_conv(x)).permute(0, 2, 3, 1)
+        y = self.scale * self.pointwise_conv2(self.activation(self.pointwise_conv1(y)))
+        return x + y.permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -460,6 +730,17 @@ def test_a_convnext_block_in_inference(products):
             assert y.stride() == truth.stride()
         report.restore()
         assert type(net[0]) is Block
+
+
+def test_a_block_whose_norm_comes_before_the_permutation(products):
+    net, x = MemoryFuser().eval(), torch.randn(2, 8, 9, 11)
+    with torch.no_grad():
+        expected = net(x)
+        report = fastfusion.accelerate(net)
+        assert [row.kind for row in report.swapped] == ["ConvNeXt block", "depthwise convolution"]
+        products.clear()
+        assert_close(net(x), expected, 1e-5, "output")
+    assert products == ["gelu", "none"]
 
 
 def test_a_convnext_block_is_left_alone_where_someone_looks(products):
@@ -522,14 +803,18 @@ def test_a_convnext_block_with_hooks_inside_is_left():
     assert seen == [1]
 
 
+@pytest.fixture(scope="module")
+def timm():
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    _import_torchvision()
+    return importlib.import_module("timm")
+
+
 @pytest.mark.parametrize(
     "name", ["convnext_femto_ols", "convnext_tiny", "convnextv2_tiny", "mobilenetv2_050"]
 )
-def test_models_of_timm(name):
-    try:
-        timm = importlib.import_module("timm")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another PyTorch
-        pytest.skip(f"timm cannot be imported: {str(error).splitlines()[0]}")
+def test_models_of_timm(name, timm):
     torch.manual_seed(0)
     options = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)} if "convnext" in name else {}
     model = timm.create_model(name, num_classes=10, **options)

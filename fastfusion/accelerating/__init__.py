@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastfusion.accelerating.activations import following_activations
+from fastfusion.accelerating.held import fast_call, held_objects
 from fastfusion.accelerating.layers import RECOGNISERS, Found, fused_with
 from fastfusion.accelerating.swapping import difference, gain, passed_on, restore, swap
 
@@ -47,6 +48,8 @@ class Acceleration:
     def restore(self) -> None:
         """Give every swapped layer its own class back."""
         for module in self.model.modules():
+            for _, held in held_objects(module):
+                restore(held)
             restore(module)
 
     def __str__(self) -> str:
@@ -63,11 +66,12 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
 
     Recognised by structure, never by import: depthwise ``nn.Conv2d`` of stride 1 whose padding is
     at most the one that keeps the size, together with a ReLU, GELU or SiLU module that alone uses
-    its output (where ``torch.fx`` can trace the model); VAN's large-kernel attention; the spectral
-    blocks of LSM and LSO; pytorch_wavelets' transforms with the Haar wavelet; in inference
-    (``eval()``, without gradients) ConvNeXt's block. A layer is swapped
-    only when it gives the same output on a random input. Parameters, buffers, hooks and the
-    state_dict stay as they are.
+    its output (where ``torch.fx`` can trace the model or, with an example, within an
+    ``nn.Sequential``); VAN's large-kernel attention; the spectral
+    blocks of LSM and LSO; pytorch_wavelets' transforms with the Haar wavelet, and ptwt's
+    ``MatrixWavedec2`` and ``MatrixWaverec2`` where they are attributes of a module; in inference
+    (``eval()``, without gradients) ConvNeXt's block. A layer is swapped only when it gives the same
+    output on a random input. Parameters, buffers, hooks and the state_dict stay as they are.
 
     Args:
         model: any module.
@@ -91,12 +95,13 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
     report = Acceleration(model, [], [])
     arguments = None if example is None else example if isinstance(example, tuple) else (example,)
     before = None if arguments is None else _seconds(model, arguments)
-    followers = following_activations(model)
+    followers = following_activations(model, arguments)
     seen = {} if arguments is None else _inputs(model, arguments)
     inside: tuple[str, ...] = ()  # what lies in a layer that was swapped whole is not run any more
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
+        _swap_held(report, name, module, seen)
         if not hasattr(type(module), "accelerated_from"):
             found = next((f for recognise in RECOGNISERS if (f := recognise(module))), None)
             if found is None:
@@ -122,6 +127,25 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
             report.restore()
             report.swapped, report.gain = [], 1.0
     return report
+
+
+def _swap_held(
+    report: Acceleration, name: str, module: nn.Module, seen: dict[Any, tuple[Any, ...]]
+) -> None:
+    """Swap what a module calls although it is no module."""
+    for attribute, held in held_objects(module):
+        kind = type(held)
+        if hasattr(kind, "accelerated_from"):
+            continue
+        row = f"{name}.{attribute}" if name else attribute
+        call, note = fast_call(held)
+        if call is not None and held in seen:
+            ratio = gain(held, kind.__call__, call, seen[held])
+            if ratio < _WORTH:
+                call, note = None, f"no faster on the example: {ratio:.2f} times"
+        (report.left if call is None else report.swapped).append(Layer(row, "Haar transform", note))
+        if call is not None:
+            swap(held, call, "__call__")
 
 
 def _swap(
@@ -156,20 +180,35 @@ def _swap(
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[nn.Module, tuple[Any, ...]]:
-    """What each module is called with on the example, where it has one positional call."""
-    seen: dict[nn.Module, tuple[Any, ...]] = {}
+def _inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[Any, tuple[Any, ...]]:
+    """What each layer is called with on the example, where it has one positional call."""
+    seen: dict[Any, tuple[Any, ...]] = {}
+    kinds = {held: type(held) for module in model.modules() for _, held in held_objects(module)}
     handles = [
         module.register_forward_pre_hook(seen.__setitem__)
         for module in model.modules()
         if any(recognise(module) for recognise in RECOGNISERS)
     ]
+    for held, kind in kinds.items():
+        held.__class__ = _noting(kind, seen)
     try:
         model(*arguments)
     finally:
+        for held, kind in kinds.items():
+            held.__class__ = kind
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _noting(kind: type, seen: dict[Any, tuple[Any, ...]]) -> type:
+    """A subclass that remembers what its objects are called with."""
+
+    def call(self: Any, *arguments: Any) -> Any:
+        seen[self] = arguments
+        return kind.__call__(self, *arguments)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 @torch.no_grad()

@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastfusion.accelerating.swapping import difference, original_forward, watched
 
-# By the names of transformers, of the authors and of timm.
+# By the names of transformers, of the authors, of timm, of DINOv3 and of SAM 2.
 _NAMES = {
-    "convolution": ("dwconv", "conv_dw"),
-    "norm": ("layernorm", "norm"),
-    "first": ("pwconv1", "mlp.fc1"),
-    "activation": ("act", "mlp.act"),
+    "convolution": ("dwconv", "conv_dw", "depthwise_conv"),
+    "norm": ("layernorm", "norm", "layer_norm"),
+    "first": ("pwconv1", "mlp.fc1", "pointwise_conv1"),
+    "activation": ("act", "mlp.act", "activation_fn", "activation"),
     "response": ("grn", "mlp.grn"),
-    "second": ("pwconv2", "mlp.fc2"),
-    "scale": ("layer_scale_parameter", "gamma"),
+    "second": ("pwconv2", "mlp.fc2", "pointwise_conv2"),
+    "scale": ("layer_scale_parameter", "gamma", "scale"),
 }
 
 
@@ -83,7 +83,11 @@ def forward(self: Any, x: Tensor) -> Tensor:
     layers = parts(self)
     if layers is None or not _values_only(self, x):
         return original_forward(self)(self, x)
-    y = layers["norm"](layers["convolution"](x).permute(0, 2, 3, 1))
+    y, norm = layers["convolution"](x), layers["norm"]
+    if getattr(norm, "data_format", None) == "channels_first":  # SAM 2's
+        y = norm(y).permute(0, 2, 3, 1)
+    else:
+        y = norm(y.permute(0, 2, 3, 1))
     y = _linear(y, layers["first"], "gelu")
     if "response" in layers:
         y = _normalised(y, *layers["response"].parameters())

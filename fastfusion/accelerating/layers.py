@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastfusion import ops
 from fastfusion.accelerating import convnext
@@ -35,9 +36,13 @@ class Found:
 
 
 def depthwise(module: nn.Module) -> Found | None:
-    if type(module) is not nn.Conv2d or not 1 < module.groups == module.in_channels:
+    if not isinstance(module, nn.Conv2d) or not 1 < module.groups == module.in_channels:
         return None
     kind = "depthwise convolution"
+    if is_parametrized(module):
+        return Found(kind, "not covered: a parametrization, which has a class of its own")
+    if not _plain(module):
+        return Found(kind, f"not covered: {type(module).__name__} has a forward of its own")
     kernel, spread = module.kernel_size, module.dilation
     same = _same(module)
     reasons = [
@@ -53,6 +58,12 @@ def depthwise(module: nn.Module) -> Found | None:
     note = f"{kernel[0]}x{kernel[1]}" + (f", dilation {spread}" if spread != (1, 1) else "")
     channels, rows, columns = module.in_channels, 12 + 2 * same[0], 13 + 2 * same[1]
     return Found(kind, note, _depthwise_forward, lambda draw: (draw(2, channels, rows, columns),))
+
+
+def _plain(module: nn.Conv2d) -> bool:
+    """Whether a subclass computes what ``nn.Conv2d`` does."""
+    kind = type(module)
+    return (kind.forward, kind._conv_forward) == (nn.Conv2d.forward, nn.Conv2d._conv_forward)
 
 
 def _same(module: nn.Conv2d) -> tuple[int, ...]:

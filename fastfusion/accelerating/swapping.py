@@ -21,12 +21,15 @@ Example = Callable[[Callable[..., Tensor]], tuple[Any, ...]]
 _CLOSE = 1e-4
 
 
-def swap(module: nn.Module, forward: Forward) -> None:
-    """Give a module another ``forward``; the module itself, its parameters and hooks stay."""
-    module.__class__ = _fast_class(type(module), forward)
+def swap(module: Any, forward: Forward, method: str = "forward") -> None:
+    """Give a module another ``forward``; the module itself, its parameters and hooks stay.
+
+    Of an object that is no module, another ``method``.
+    """
+    module.__class__ = _fast_class(type(module), forward, method)
 
 
-def restore(module: nn.Module) -> None:
+def restore(module: Any) -> None:
     """Undo `swap`."""
     original = getattr(type(module), "accelerated_from", None)
     if original is not None:
@@ -40,7 +43,12 @@ def watched(module: nn.Module) -> bool:
 
 def original_forward(module: nn.Module) -> Forward:
     """What a swapped module's ``forward`` was."""
-    return getattr(type(module), "accelerated_from", type(module)).forward
+    return original_method(module, "forward")
+
+
+def original_method(swapped: Any, method: str) -> Forward:
+    """The same of any object's ``method``."""
+    return getattr(getattr(type(swapped), "accelerated_from", type(swapped)), method)
 
 
 def passed_on(self: nn.Module, input: Tensor) -> Tensor:
@@ -71,8 +79,13 @@ def difference(
         finally:
             for part, training in modes.items():
                 part.training = training
-    pairs = list(zip(tree_leaves(expected), tree_leaves(found), strict=False))
-    if len(tree_leaves(expected)) != len(tree_leaves(found)) or any(
+    return apart(tree_leaves(expected), tree_leaves(found))
+
+
+def apart(expected: list[Any], found: list[Any]) -> str | None:
+    """None where two lists of tensors are the same, else what differs."""
+    pairs = list(zip(expected, found, strict=False))
+    if len(expected) != len(found) or any(
         not isinstance(truth, Tensor) or truth.shape != y.shape for truth, y in pairs
     ):
         return "its output has another shape than the operator's"
@@ -83,9 +96,7 @@ def difference(
 
 
 @torch.no_grad()
-def gain(
-    module: nn.Module, original: Forward, forward: Forward, arguments: tuple[Any, ...]
-) -> float:
+def gain(module: Any, original: Forward, forward: Forward, arguments: tuple[Any, ...]) -> float:
     """How many times faster one forward of a module is than another, the two taking turns."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(12):
@@ -97,15 +108,15 @@ def gain(
     return slow / fast
 
 
-_classes: dict[tuple[type, Forward], type] = {}
+_classes: dict[tuple[type, Forward, str], type] = {}
 
 
-def _fast_class(original: type, forward: Forward) -> type:
-    """A subclass with another ``forward`` that copies and pickles as what it is."""
-    key = (original, forward)
+def _fast_class(original: type, forward: Forward, method: str) -> type:
+    """A subclass with another ``method`` that copies and pickles as what it is."""
+    key = (original, forward, method)
     if key not in _classes:
         members = {
-            "forward": forward,
+            method: forward,
             "accelerated_from": original,
             "__reduce_ex__": lambda self, protocol: (_rebuild, key, self.__dict__.copy()),
         }
@@ -113,6 +124,6 @@ def _fast_class(original: type, forward: Forward) -> type:
     return _classes[key]
 
 
-def _rebuild(original: type, forward: Forward) -> Any:
-    fast: Any = _fast_class(original, forward)
+def _rebuild(original: type, forward: Forward, method: str) -> Any:
+    fast: Any = _fast_class(original, forward, method)
     return fast.__new__(fast)
