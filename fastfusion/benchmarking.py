@@ -33,6 +33,9 @@ SHAPES = ((1, 64, 64, 64), (1, 64, 128, 128), (1, 64, 256, 256))
 #: What others are compared with: the definition in plain PyTorch, by the names that it has.
 PLAIN = ("definition", "eager")
 _ROUNDS = (5, 200)
+# How often all the work is gone through, so that the quartiles hold what a machine does in minutes
+# and not only in the second of one row. Once where each pass would have to compile again.
+_PASSES = 3
 # What a kernel may be off by beyond 1.5 times the definition in the same dtype, relative L2.
 _BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -285,11 +288,25 @@ def measure(
             raise ValueError(f"backend {contestant!r} cannot be timed here: {reason}")
     names = list(dict.fromkeys([*contestants, "definition", *["compiled"] * compiled]))
     limits = machine.limits(device)
-    rows: list[dict[str, Any]] = []
-    for name in operations:
-        for shape in shapes:
-            progress(f"{name} {'x'.join(map(str, shape))}")
-            rows += _rows(name, shape, names, dtype, device, backward, seconds, limits)
+    works = [(name, shape) for name in operations for shape in shapes]
+    passes = 1 if compiled else _PASSES
+    samples: dict[tuple[str, tuple[int, ...]], dict[str, list[float]]] = {}
+    facts = {}
+    for turn in range(passes):
+        for work in works:
+            name, shape = work
+            number = f", {turn + 1} of {passes}" if passes > 1 else ""
+            progress(f"{name} {'x'.join(map(str, shape))}{number}")
+            calls, facts[work] = _prepared(
+                name, shape, names, dtype, device, backward, check=turn == 0
+            )
+            for contestant, found in take_turns(calls, seconds / passes, device).items():
+                samples.setdefault(work, {}).setdefault(contestant, []).extend(found)
+    rows = [
+        row
+        for work in works
+        for row in _rows(*work, samples[work], facts[work], dtype, device, backward, limits)
+    ]
     return {
         "machine_info": {
             "node": "",
@@ -305,16 +322,17 @@ def measure(
     }
 
 
-def _rows(
+def _prepared(
     name: str,
     shape: tuple[int, ...],
     contestants: Sequence[str],
     dtype: torch.dtype,
     device: str,
     backward: bool,
-    seconds: float,
-    limits: machine.Limits,
-) -> list[dict[str, Any]]:
+    *,
+    check: bool,
+) -> tuple[dict[str, Call], tuple[int, int]]:
+    """The contestants' calls on fresh inputs, checked if so wished; bytes and FLOPs of the work."""
     operation = OPERATIONS[name]
     generator = torch.Generator().manual_seed(0)
 
@@ -323,11 +341,23 @@ def _rows(
 
     arguments = operation.make(shape, draw)
     operator, inputs = op_called(lambda: operation.call(*arguments, backend="auto"))
-    calls = _calls(operation, arguments, operator.reference, inputs, contestants, backward)
-    for contestant in contestants:
+    for contestant in contestants if check else ():
         _check(name, operation, arguments, contestant)
-    samples = take_turns(calls, seconds, device)
-    moved, flops = costs(operator, inputs, backward)
+    calls = _calls(operation, arguments, operator.reference, inputs, contestants, backward)
+    return calls, costs(operator, inputs, backward)
+
+
+def _rows(
+    name: str,
+    shape: tuple[int, ...],
+    samples: dict[str, list[float]],
+    facts: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    backward: bool,
+    limits: machine.Limits,
+) -> list[dict[str, Any]]:
+    moved, flops = facts
     kind = str(dtype).removeprefix("torch.")
     size = "x".join(map(str, shape))
     title = f"{name}{' forward + backward' if backward else ''}"
@@ -339,7 +369,7 @@ def _rows(
             "params": {"operation": title, "shape": size, "dtype": kind, "device": device},
             "extra_info": {
                 "contestant": contestant,
-                "note": operation.note,
+                "note": OPERATIONS[name].note,
                 "pixels": shape[0] * shape[2] * shape[3],
                 "moved": moved,
                 "flops": flops,
@@ -348,9 +378,9 @@ def _rows(
                 "matrix_rate": limits.matrix_rate,
                 **machine.describe(),
             },
-            "stats": _statistics(samples[contestant]),
+            "stats": _statistics(found),
         }
-        for contestant in contestants
+        for contestant, found in samples.items()
     ]
 
 

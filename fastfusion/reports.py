@@ -334,7 +334,9 @@ def _comparison(changes: Sequence[Change]) -> str:
         f"<p>Of {len(changes)} rows in both runs {faster} got faster, {len(changed) - faster} "
         f"slower, and {len(rest)} stayed within the noise. A change counts where the quartiles of "
         "the two runs do not overlap, neither as they are nor against the definition in plain "
-        "PyTorch, which tells when the whole machine was slower.</p>"
+        "PyTorch, which tells when the whole machine was slower. What differs between two starts "
+        "of a program (where its memory lies, who else runs) is in no quartile: a small change is "
+        "to be believed when it comes back in a third run.</p>"
     )
     if changed:
         marks = ["better" if change.ratio > 1 else "worse" for change in changed]
