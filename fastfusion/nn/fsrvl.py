@@ -14,6 +14,7 @@ from fastfusion import ops
 from fastfusion.nn.blocks import redraw
 from fastfusion.ops import checks
 from fastfusion.ops.frequency_filter import inverse_half_spectrum
+from fastfusion.ops.operator import layout_of
 
 #: Of LeakyReLU, as in the paper it is taken from (Maas et al., 2013).
 SLOPE = 0.01
@@ -94,7 +95,10 @@ class InitialRepresentation(nn.Module):
 
     def _features(self, first: Tensor, head: nn.Conv2d) -> Tensor:
         second = _act(self.shared(first))
-        return head(torch.cat([first, second], 1)).softmax(1)
+        features = head(torch.cat([first, second], 1))
+        if layout_of(features) is torch.channels_last:  # which torch's softmax does not keep
+            return features.permute(0, 2, 3, 1).softmax(-1).permute(0, 3, 1, 2)
+        return features.softmax(1)
 
     @torch.no_grad()
     def start_on(self, hsi: Tensor, msi: Tensor, generator: torch.Generator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from typing import ClassVar
@@ -82,26 +83,56 @@ def test_gradients_against_finite_differences(case, backend):
     torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
+def _resized(case: Case, rows: int, columns: int) -> Case:
+    """The same call on images of another size, or on as many latents, bands or coordinates."""
+    shapes = dict(case.shapes)
+    call = case.call
+    for name in case.images:
+        if len(shapes[name]) == 4:
+            shapes[name] = (*shapes[name][:2], rows, columns)
+    if case.operator == "coordinate_mixing":
+        shapes["candidates"] = (*shapes["candidates"][:2], rows)
+    if case.operator == "haar_idwt2d":  # whose case crops to its own size
+
+        def call(tensors, backend):
+            return ops.haar_idwt2d(*tensors.values(), backend=backend)
+
+    if "latents" in shapes:  # one row for each patch of 4 x 4
+        batch, _, tokens, channels = case.shapes["latents"]
+        shapes["latents"] = (batch, -(-rows // 4) * -(-columns // 4), tokens, channels)
+    if case.operator == "local_map":  # whose samples must reach the last pixel
+        samples = -(-rows // 4) + 2, -(-columns // 4) + 5
+        shapes["coefficients"] = (*shapes["coefficients"][:3], *samples)
+    return dataclasses.replace(case, shapes=shapes, call=call)
+
+
 @by_case
 def test_compile_in_one_graph_without_recompiling(case):
-    """A new batch size, forward and backward, is neither a graph break nor a recompile."""
+    """A new batch and image size, forward and backward, is neither a graph break nor a recompile.
+
+    Sizes go from odd to even and to other remainders of a patch.
+    """
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter, dynamic=True)
-    def compiled(tensors):
-        return case.outputs(tensors, "auto")
+    def compiled(tensors, call):
+        result = call(tensors, "auto")
+        return result if isinstance(result, tuple) else (result,)
 
     frames = []
-    for batch in (11, 13, 17):  # no other size is one of these: equal sizes would be tied
+    call = _resized(case, 1, 1).call  # one function: another would be another guard
+    # No other size is one of these: equal sizes would be tied.
+    for batch, rows, columns in ((11, 23, 29), (13, 38, 31), (17, 41, 46)):
+        resized = _resized(case, rows, columns)
         tensors = {}
-        for name, value in case.tensors().items():
+        for name, value in resized.tensors().items():
             batched = value.dim() > 2 and name in (*case.images, "latents", "coefficients")
             if batched or (name in ("state", "low_gate", "high_gate") and value.dim() == 2):
                 value = torch.cat([value[:1]] * batch)
             tensors[name] = value.float().detach().requires_grad_()
-        outputs = compiled(tensors)
-        expected = case.outputs(tensors, "auto")
+        outputs = compiled(tensors, call)
+        expected = resized.outputs(tensors, "auto")
         for y, truth in zip(outputs, expected, strict=True):
             assert_close(y, truth, 1e-6, "compiled output")
         sum(y.square().sum() for y in outputs).backward()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,20 +31,41 @@ LAYERS = {
     "FrequencyFilter2d": lambda: fast.FrequencyFilter2d(16, kernel_size=3),
     "HaarSplit2d": fast.HaarSplit2d,
     "HaarDWT2d": fast.HaarDWT2d,
+    "HaarIDWT2d": fast.HaarIDWT2d,
+    "CoordinateMixing": lambda: fast.CoordinateMixing(16, 4),
     "DepthwiseConv2d": lambda: fast.DepthwiseConv2d(16, 16, 5, padding=2, groups=16),
     "LargeKernelAttention": lambda: fast.LargeKernelAttention(16),
     "MultiscaleAttention": lambda: fast.MultiscaleAttention(16),
+    "InitialRepresentation": lambda: fast.InitialRepresentation(16, 16, 16),
+    "FeatureSynchronization": lambda: fast.FeatureSynchronization(16),
+    "FrequencyRecalibration": lambda: fast.FrequencyRecalibration(16, 8, 3),
+    "MultiScaleGenerator": lambda: fast.MultiScaleGenerator(16, 16, (1, 1, 1)),
     "SpaCAM": lambda: fast.SpaCAM(16),
     "SpeCAM": lambda: fast.SpeCAM(16),
     "SSCFM": lambda: fast.SSCFM(16),
 }
+#: How those are called that take something else than one image of 16 channels.
+CALLS = {
+    "HaarIDWT2d": lambda layer, x: layer(x, x, x, x),
+    "CoordinateMixing": lambda layer, x: layer(x.flatten(2)),
+    "InitialRepresentation": lambda layer, x: layer(x, x),
+    "FeatureSynchronization": lambda layer, x: layer(x, (24, 24)),
+    "FrequencyRecalibration": lambda layer, x: layer(
+        x, x[:, :, :2, 0].mean((0, 2)).expand(2, 16, 16)
+    ),
+    "SSCFM": lambda layer, x: layer(x, x),
+}
 by_layer = pytest.mark.parametrize("name", LAYERS)
 
 
+def test_every_layer_is_here() -> None:
+    assert set(LAYERS) == set(fast.__all__)
+
+
 def _output(layer: nn.Module, x: Tensor) -> Tensor:
-    """The first output; the block that fuses two images gets the same twice."""
-    output = layer(x, x) if isinstance(layer, fast.SSCFM) else layer(x)
-    return output if isinstance(output, Tensor) else output[0]
+    """The first tensor that a layer gives for an image."""
+    call = CALLS.get(type(layer).__name__, lambda layer, x: layer(x))
+    return tree_leaves(call(layer, x))[0]
 
 
 def _floats(case: Case) -> dict[str, Tensor]:
@@ -202,7 +224,7 @@ def test_default_device(name: str) -> None:
         torch.set_default_device("cpu")
 
 
-@by_layer
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "CoordinateMixing"])
 def test_channels_last_goes_through(name: str) -> None:
     layer = LAYERS[name]().eval()
     x = torch.randn(1, 16, 12, 12)
@@ -213,27 +235,30 @@ def test_channels_last_goes_through(name: str) -> None:
 
 
 class _Everything(nn.Module):
-    """Every operator once, for one ahead-of-time compilation."""
+    """Every layer and every operator once, for one ahead-of-time compilation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([make() for make in LAYERS.values()])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_output(layer, x) for layer in self.layers)
+    def forward(self, x: Tensor, tensors: list[dict[str, Tensor]]) -> list[Tensor]:
+        outputs = [_output(layer, x) for layer in self.layers]
+        for case, values in zip(FIRST, tensors, strict=True):
+            outputs += case.outputs(values, "auto")
+        return outputs
 
 
 def test_ahead_of_time_inductor(tmp_path: Path) -> None:
     model = _Everything().eval()
-    x = torch.randn(1, 16, 12, 12)
-    expected = model(x)
+    arguments = torch.randn(1, 16, 12, 12), [_floats(case) for case in FIRST]
+    expected = model(*arguments)
     with torch.inference_mode():
-        program = torch.export.export(model, (x,))
+        program = torch.export.export(model, arguments)
         package = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "model.pt2")
         )
         loaded = torch._inductor.aoti_load_package(package)
-        for y, truth in zip(loaded(x), expected, strict=True):
+        for y, truth in zip(loaded(*arguments), expected, strict=True):
             assert_close(y, truth, 1e-5, "ahead-of-time compiled")
 
 
