@@ -28,6 +28,35 @@ def redraw(module: nn.Module) -> None:
             redraw(child)
 
 
+class SpectrumNorm(nn.Module):
+    """The batch norm of a spectrum's real and imaginary part; its tensors are the subclass's."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    eps: float
+    momentum: float
+
+    def _normalize(self, response: Tensor, part: int) -> Tensor:
+        """One part in training, which moves the running statistics."""
+        return F.batch_norm(
+            response,
+            self.running_mean[part],
+            self.running_var[part],
+            self.norm_weight[part],
+            self.norm_bias[part],
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+    def _evaluation_form(self) -> tuple[Tensor, Tensor]:
+        """Gain and bias of both parts, ``(2, D)`` each."""
+        gain = self.norm_weight * (self.running_var + self.eps).rsqrt()
+        return gain, self.norm_bias - self.running_mean * gain
+
+
 class ResidualBlock(nn.Module):
     """``x + conv(relu(conv(x)))``, both 3x3, no norm (EDSR's block).
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastfusion import ops
-from fastfusion.nn.blocks import redraw
+from fastfusion.nn.blocks import SpectrumNorm, redraw
 from fastfusion.ops import checks
 from fastfusion.ops.frequency_filter import inverse_half_spectrum
 from fastfusion.ops.operator import layout_of
@@ -174,7 +174,7 @@ class FeatureSynchronization(nn.Module):
         return f"{self.mixing.shape[-1]}, mix={self.mix}"
 
 
-class FrequencyRecalibration(nn.Module):
+class FrequencyRecalibration(SpectrumNorm):
     """One sensor's filter in the Fourier domain, to abundances (FSRVL, equations 8 to 11).
 
     Transform, mix the channels with the matrices of `FeatureSynchronization`, filter real and
@@ -201,9 +201,6 @@ class FrequencyRecalibration(nn.Module):
     >>> FrequencyRecalibration(8, 5)(torch.rand(1, 8, 16, 16), mixing).shape
     torch.Size([1, 5, 16, 16])
     """
-
-    running_mean: Tensor
-    running_var: Tensor
 
     def __init__(
         self,
@@ -277,8 +274,8 @@ class FrequencyRecalibration(nn.Module):
         else:
             gain = bias = None
             if self.filter:
-                gain = self.norm_weight * (self.running_var + self.eps).rsqrt()
-                bias = scale * (self.norm_bias - self.running_mean * gain)
+                gain, bias = self._evaluation_form()
+                bias = scale * bias
             y = ops.frequency_filter2d(x, mixing, self.kernel, gain=gain, bias=bias)
         return y[..., :rows, :columns]
 
@@ -297,18 +294,6 @@ class FrequencyRecalibration(nn.Module):
             self.running_mean[part], self.running_var[part] = mean, variance
             self.norm_weight[part] = (variance + self.eps).sqrt()
             self.norm_bias[part] = mean
-
-    def _normalize(self, response: Tensor, part: int) -> Tensor:
-        return F.batch_norm(
-            response,
-            self.running_mean[part],
-            self.running_var[part],
-            self.norm_weight[part],
-            self.norm_bias[part],
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
 
     def extra_repr(self) -> str:
         return (

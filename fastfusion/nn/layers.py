@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastfusion import ops
+from fastfusion.nn.blocks import SpectrumNorm
 from fastfusion.ops import checks
 from fastfusion.ops.depthwise import ACTIVATIONS, LARGEST_KERNEL
 from fastfusion.ops.frequency_filter import PADDING_MODES, inverse_half_spectrum
@@ -129,7 +129,7 @@ class LatentOperator2d(nn.Module):
         )
 
 
-class FrequencyFilter2d(nn.Module):
+class FrequencyFilter2d(SpectrumNorm):
     """FSRVL's synchronisation and recalibration of a spectrum; see :func:`ops.frequency_filter2d`.
 
     In training the batch norm takes its statistics from the filtered spectrum (real and imaginary
@@ -149,8 +149,6 @@ class FrequencyFilter2d(nn.Module):
     torch.Size([2, 6, 8, 9])
     """
 
-    running_mean: Tensor
-    running_var: Tensor
     num_batches_tracked: Tensor
 
     def __init__(
@@ -233,8 +231,7 @@ class FrequencyFilter2d(nn.Module):
             return inverse_half_spectrum(real, imag, x.shape[-1])
         gain = bias = None
         if self.norm:
-            gain = self.norm_weight * (self.running_var + self.eps).rsqrt()
-            bias = self.norm_bias - self.running_mean * gain
+            gain, bias = self._evaluation_form()
         return ops.frequency_filter2d(
             x,
             mixing,
@@ -243,18 +240,6 @@ class FrequencyFilter2d(nn.Module):
             gain=gain,
             bias=bias,
             padding_mode=self.padding_mode,
-        )
-
-    def _normalize(self, response: Tensor, part: int) -> Tensor:
-        return F.batch_norm(
-            response,
-            self.running_mean[part],
-            self.running_var[part],
-            self.norm_weight[part],
-            self.norm_bias[part],
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
         )
 
     def extra_repr(self) -> str:
