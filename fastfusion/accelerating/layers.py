@@ -132,36 +132,53 @@ def fused_with(found: Found, activation: nn.Module) -> tuple[Forward, str] | Non
 
 
 def large_kernel_attention(module: nn.Module) -> Found | None:
-    local, context, mix = (
-        getattr(module, name, None) for name in ("conv0", "conv_spatial", "conv1")
-    )
-    if not (
-        isinstance(local, nn.Conv2d)
-        and isinstance(context, nn.Conv2d)
-        and isinstance(mix, nn.Conv2d)
-    ):
+    parts = _attention_parts(module)
+    if parts is None:
         return None
+    local, context, mix = parts
     kind = "large-kernel attention"
     fits = [depthwise(part) for part in (local, context)]
-    if any(fit is None or fit.forward is None for fit in fits) or mix.kernel_size != (1, 1):
-        return Found(kind, "not covered: its convolutions are not two depthwise ones and a 1x1")
     channels = local.in_channels
-    if mix.groups != 1 or not channels == mix.in_channels == mix.out_channels:
-        return Found(kind, "not covered: its 1x1 convolution does not mix all channels")
-    sizes = f"{local.kernel_size} and {context.kernel_size}"
-    return Found(kind, sizes, _attention_forward, lambda draw: (draw(2, channels, 24, 25),))
+    if any(fit is None or fit.forward is None for fit in fits) or mix.kernel_size != (1, 1):
+        why = "its convolutions are not two depthwise ones and a 1x1"
+    elif mix.groups != 1 or not channels == mix.in_channels == mix.out_channels:
+        why = "its 1x1 convolution does not mix all channels"
+    else:
+        example: Example = lambda draw: (draw(2, channels, 24, 25),)  # noqa: E731
+        forward = _attention_forward
+        if hasattr(module, "conv_spatial") or not difference(
+            module, type(module).forward, forward, example
+        ):
+            note = f"{local.kernel_size} and {context.kernel_size}"
+            return Found(kind, note, forward, example)
+        return None  # three convolutions that are something else
+    return Found(kind, f"not covered: {why}") if hasattr(module, "conv_spatial") else None
+
+
+def _attention_parts(module: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d] | None:
+    """Local, context and mixing convolution: by VAN's names, or all that a module holds."""
+    names = ("conv0", "conv_spatial", "conv1")
+    parts = [getattr(module, name, None) for name in names]
+    if any(part is None for part in parts):
+        parts = list(module.children())
+    if len(parts) != 3 or not all(isinstance(part, nn.Conv2d) for part in parts):
+        return None
+    return tuple(parts)  # type: ignore[return-value]
 
 
 def _attention_forward(self: Any, x: Tensor) -> Tensor:
+    parts = _attention_parts(self)
+    assert parts is not None
+    local, context, mix = parts
     return ops.large_kernel_attention(
         x,
-        self.conv0.weight,
-        self.conv0.bias,
-        self.conv_spatial.weight,
-        self.conv_spatial.bias,
-        self.conv1.weight.flatten(1),
-        self.conv1.bias,
-        dilation=self.conv_spatial.dilation,
+        local.weight,
+        local.bias,
+        context.weight,
+        context.bias,
+        mix.weight.flatten(1),
+        mix.bias,
+        dilation=(context.dilation[0], context.dilation[1]),
     )
 
 
