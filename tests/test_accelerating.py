@@ -427,8 +427,7 @@ def test_a_transform_of_ptwt_is_swapped_where_it_gains(monkeypatch):
     monkeypatch.setattr(
         fastfusion.accelerating, "gain", lambda *found: asked.append(found[3]) or next(ratios)
     )
-    seconds = iter([3.0, 2.0])
-    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    monkeypatch.setattr(fastfusion.accelerating, "_whole_gain", lambda *arguments: 1.5)
     net, x = Wavelets(), torch.randn(1, 2, 8, 8)
     plain = type(net.synthesis)
     report = fastfusion.accelerate(net, x)
@@ -631,8 +630,7 @@ def test_more_third_party_models(name, swapped, left):
 def test_activations_in_a_model_that_cannot_be_traced(monkeypatch):
     """FocalNet's filters and their GELUs are neighbours in an ``nn.Sequential``."""
     monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: 2.0)
-    seconds = iter([3.0, 2.0])
-    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    monkeypatch.setattr(fastfusion.accelerating, "_whole_gain", lambda *arguments: 1.5)
     model, x = _third_party("FocalNet").eval(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x).last_hidden_state
@@ -659,8 +657,7 @@ def test_neighbours_that_somebody_else_calls_are_not_fused(monkeypatch):
     monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: 2.0)
     net, x = Peeking(), torch.randn(1, 4, 9, 9)
     expected = net(x)
-    seconds = iter([3.0, 2.0])
-    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    monkeypatch.setattr(fastfusion.accelerating, "_whole_gain", lambda *arguments: 1.5)
     report = fastfusion.accelerate(net, x)
     assert [row.note for row in report.swapped] == ["3x3"]
     assert_close(net(x), expected, 1e-5, "output")
@@ -898,8 +895,7 @@ def test_with_an_example_only_what_gets_faster_is_swapped(monkeypatch):
     """The clock decides, so here it is one of our own: the first layer gains, the second not."""
     ratios = iter([2.0, 0.5])
     monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: next(ratios))
-    seconds = iter([3.0, 2.0])
-    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    monkeypatch.setattr(fastfusion.accelerating, "_whole_gain", lambda *arguments: 1.5)
     net = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2)))
     report = fastfusion.accelerate(net, torch.randn(1, 4, 9, 9))
     assert [row.name for row in report.swapped] == ["0"]
@@ -910,10 +906,34 @@ def test_with_an_example_only_what_gets_faster_is_swapped(monkeypatch):
 
 def test_with_an_example_a_model_that_gains_nothing_is_restored(monkeypatch):
     monkeypatch.setattr(fastfusion.accelerating, "gain", lambda *arguments: 2.0)
-    seconds = iter([2.0, 2.5])
-    monkeypatch.setattr(fastfusion.accelerating, "_seconds", lambda *arguments: next(seconds))
+    monkeypatch.setattr(fastfusion.accelerating, "_whole_gain", lambda *arguments: 0.8)
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4))
     report = fastfusion.accelerate(net, torch.randn(1, 4, 9, 9))
     assert type(net[0]) is nn.Conv2d
     assert report.swapped == []
     assert report.left[0].note.endswith("the whole model did not: 0.80 times")
+
+
+def test_the_gain_of_the_whole_is_measured_in_turns(monkeypatch):
+    """By a clock of our own: what runs on PyTorch takes two ticks, what is swapped one."""
+    net, clock = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4)), [0.0]
+    order = []
+
+    def tick(module, inputs):
+        fast = hasattr(type(module), "accelerated_from")
+        order.append(fast)
+        clock[0] += 1 if fast else 2
+
+    fastfusion.accelerate(net)
+    swapped = type(net[0])
+    net[0].register_forward_pre_hook(tick)
+    monkeypatch.setattr(fastfusion.accelerating.time, "perf_counter", lambda: clock[0])
+    gain = fastfusion.accelerating._whole_gain(net, (torch.randn(1, 4, 9, 9),))
+    assert gain == 2
+    assert order == 7 * [False, True]
+    assert type(net[0]) is swapped
+
+
+def test_with_an_example_where_nothing_is_swapped_there_is_no_gain():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4))
+    assert fastfusion.accelerate(net, torch.randn(1, 4, 9, 9)).gain == 1

@@ -94,7 +94,6 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     report = Acceleration(model, [], [])
     arguments = None if example is None else example if isinstance(example, tuple) else (example,)
-    before = None if arguments is None else _seconds(model, arguments)
     followers = following_activations(model, arguments)
     seen = {} if arguments is None else _inputs(model, arguments)
     inside: tuple[str, ...] = ()  # what lies in a layer that was swapped whole is not run any more
@@ -119,9 +118,9 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
             if not found.whole:
                 continue
         inside += (f"{name}." if name else "",)
-    if before is not None:
-        report.gain = before / _seconds(model, arguments)
-        if report.swapped and report.gain < 1:
+    if arguments is not None:
+        report.gain = _whole_gain(model, arguments) if report.swapped else 1.0
+        if report.gain < 1:
             reason = f"each layer gained, the whole model did not: {report.gain:.2f} times"
             report.left += [Layer(row.name, row.kind, reason) for row in report.swapped]
             report.restore()
@@ -212,10 +211,25 @@ def _noting(kind: type, seen: dict[Any, tuple[Any, ...]]) -> type:
 
 
 @torch.no_grad()
-def _seconds(model: nn.Module, arguments: Any) -> float:
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        model(*arguments)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def _whole_gain(model: nn.Module, arguments: tuple[Any, ...]) -> float:
+    """How many times faster the swapped layers make the model, it and the original taking turns."""
+    parts = [
+        (part, type(part))
+        for module in model.modules()
+        for part in (module, *(held for _, held in held_objects(module)))
+        if hasattr(type(part), "accelerated_from")
+    ]
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(7):
+        for fast, seconds in zip((False, True), times, strict=True):
+            for part, kind in parts:
+                part.__class__ = kind if fast else kind.accelerated_from
+            try:
+                start = time.perf_counter()
+                model(*arguments)
+                seconds.append(time.perf_counter() - start)
+            finally:
+                for part, kind in parts:
+                    part.__class__ = kind
+    slow, quick = (statistics.median(seconds[2:]) for seconds in times)
+    return slow / quick
