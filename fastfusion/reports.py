@@ -170,7 +170,8 @@ def page(
             "latency",
             "Latency",
             "<p>The time of one call, work by work; a shorter bar is faster, and each work has its "
-            "own scale. The thin line in a bar spans the quartiles. The black tick is the "
+            "own scale; beside it stands how many times faster or slower than the definition in "
+            "plain PyTorch it is. The thin line in a bar spans the quartiles, the tick is the "
             "<em>floor</em>, under which no program can be on this machine: each input read once "
             "and each output written once at the speed of a large copy, or the arithmetic at the "
             "speed of a matrix product, whichever takes longer.</p>"
