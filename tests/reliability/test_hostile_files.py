@@ -8,11 +8,12 @@ tests/data/test_files.py holds the wording of the errors.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ FORMATS = {
     "zarr": ("cube", "a.zarr", "a.zarr/zarr.json"),
     "zarr-open": ("open", "a.zarr", "a.zarr/zarr.json"),
     "zarr-chunk": ("cube", "a.zarr", "a.zarr/c/0/0/0"),
+    "zarr-group": ("cube", "b.zarr", "b.zarr/wavelengths/zarr.json"),
+    "zarr-format-2": ("cube", "c.zarr", "c.zarr/.zarray"),
     "srf-csv": ("srf", "srf.csv", "srf.csv"),
     "srf-npy": ("srf", "srf.npy", "srf.npy"),
     "srf-mat": ("srf", "srf.mat", "srf.mat"),
@@ -52,7 +55,24 @@ WORDS = [
     *(b"-1", b"0", b"99999999999", b"1e999", b"nan", b"null", b"../../x"),
     *(b"[" * 3000, b"9" * 5000),
 ]
-TEXT = ("envi", "zarr", "zarr-open", "srf-csv", "json")
+TEXT = ("envi", "zarr", "zarr-open", "zarr-group", "zarr-format-2", "srf-csv", "json")
+
+
+def _zarr_group(path: Path, count: int) -> None:
+    """A cube of 3 bands and, as an array of its own, a list of so many wavelengths."""
+    zarr = pytest.importorskip("zarr")
+    group = zarr.create_group(path)
+    group.create_array("cube", data=np.ones((3, 6, 5), "f4"))
+    # Not one chunk of it is written: it takes no room, whatever its length.
+    group.create_array("wavelengths", shape=(count,), chunks=(1000,), dtype="f8", fill_value=500)
+
+
+def _zarr_format_2(path: Path, **codecs: object) -> None:
+    path.mkdir()
+    described = {"shape": [3, 6, 5], "chunks": [3, 6, 5], "dtype": "<f4", "order": "C"}
+    described |= {"zarr_format": 2, "fill_value": 0, **codecs}
+    (path / ".zarray").write_text(json.dumps(described))
+    (path / "0.0.0").write_bytes(np.ones((3, 6, 5), "f4").tobytes())
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +88,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     limit, matlab.LARGEST_V5_BYTES = matlab.LARGEST_V5_BYTES, 0
     write_cube(folder / "b.mat", cube)
     matlab.LARGEST_V5_BYTES = limit
+    _zarr_group(folder / "b.zarr", 3)
+    _zarr_format_2(folder / "c.zarr", compressor=None, filters=None)
     (folder / "srf.csv").write_text(
         "wavelength_nm,red,green\n" + "".join(f"{w},{w % 7},1\n" for w in range(400, 700, 30))
     )
@@ -281,6 +303,24 @@ def test_headers_that_lie(place: Path, reader: Reader, name: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _hdf5_group(path: Path, count: int) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        file["cube"] = np.ones((3, 6, 5), "f4")
+        file.create_dataset("wavelengths", (count,), "f8", chunks=(1000,), fillvalue=500)
+
+
+@pytest.mark.parametrize(("name", "make"), [("long.zarr", _zarr_group), ("long.mat", _hdf5_group)])
+def test_a_list_of_wavelengths_that_takes_gigabytes(
+    place: Path, reader: Reader, name: str, make: Callable[[Path, int], None]
+) -> None:
+    """It is no list of this cube's, so it is left where it is."""
+    make(place / name, 400_000_000)
+    answer = reader.read("cube", place / name)
+    judge(answer, place / name)
+    assert answer["bytes"] == 3 * 6 * 5 * 4
+
+
 class Code:
     """What a pickle would run."""
 
@@ -301,6 +341,53 @@ def test_nothing_is_unpickled(place: Path, reader: Reader, kind: str, name: str)
     answer = reader.read(kind, path)
     judge(answer, path)
     assert "error" in answer
+
+
+@pytest.mark.parametrize("place_of_code", ["compressor", "filters"])
+@pytest.mark.parametrize("kind", ["cube", "open"])
+@pytest.mark.parametrize("dtype", ["|O", "<f4"])
+@pytest.mark.parametrize("name", ["cube", "wavelengths"])
+def test_no_chunk_is_unpickled(
+    place: Path, reader: Reader, place_of_code: str, kind: str, dtype: str, name: str
+) -> None:
+    """Stores of format 2 name their codecs, and one of those unpickles what it gets."""
+    path = place / "code.zarr"
+    path.mkdir()
+    codec, text = {"id": "pickle"}, {"id": "vlen-utf8"}
+    codecs = {"compressor": codec, "filters": [text]}
+    if place_of_code == "filters":
+        codecs = {"compressor": None, "filters": [text, codec]}
+    if dtype == "<f4":
+        codecs = {"compressor": None, "filters": None} | {
+            place_of_code: codec if place_of_code == "compressor" else [codec]
+        }
+    try:
+        (path / ".zgroup").write_text('{"zarr_format": 2}')
+        _zarr_format_2(path / "cube", compressor=None, filters=None)
+        if name == "cube":
+            shutil.rmtree(path / "cube")
+        _zarr_format_2(path / name, **codecs)
+        file = path / name / ".zarray"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": dtype}))
+        (path / name / "0.0.0").write_bytes(pickle.dumps(Code()))
+        answer = reader.read(kind, path)
+        judge(answer, path)
+        assert "error" in answer or name != "cube"
+    finally:
+        shutil.rmtree(path)
+
+
+def test_a_codec_that_unpickles_is_refused_before_it_is_asked() -> None:
+    """Newer versions of numcodecs refuse as well; here nobody relies on that."""
+    from types import SimpleNamespace
+
+    from fastfusion.data.formats.zarr_store import _decodable
+
+    codec = SimpleNamespace(codec_id="pickle")
+    for compressor, filters in ((codec, None), (None, (codec,))):
+        metadata = SimpleNamespace(zarr_format=2, compressor=compressor, filters=filters)
+        with pytest.raises(ValueError, match="its chunks are pickles, which are never read"):
+            _decodable(SimpleNamespace(metadata=metadata))
 
 
 def test_names_inside_a_file_lead_nowhere(place: Path, reader: Reader) -> None:

@@ -17,9 +17,9 @@ from fastfusion._optional import need
 from fastfusion.data.cube import Cube
 from fastfusion.data.formats.matlab_elements import check_elements
 from fastfusion.data.formats.stored import (
-    WAVELENGTH_NAMES,
     Stored,
     arrange,
+    beside,
     check_bytes,
     pick_variable,
     reserve,
@@ -108,14 +108,14 @@ def _load_v5(path: Path, variable: str | None, bands_axis: int | None) -> Stored
         # A double may be stored in one byte where its values allow.
         room = path.stat().st_size * LARGEST_COMPRESSION
         check_bytes(shapes[name], np.dtype(np.uint8), room, name)
-        beside = [key for key in WAVELENGTH_NAMES if key in shapes.keys() - complex_arrays]
+        lists = [key for key in beside(shapes, types, shapes[name]) if key not in complex_arrays]
         file.seek(0)
-        arrays = scipy.io.loadmat(file, variable_names=[name, *beside])
+        arrays = scipy.io.loadmat(file, variable_names=[name, *lists])
     return arrange(
         arrays[name],
         bands_axis,
         convention=BANDS_LAST,
-        beside={key: arrays[key] for key in beside},
+        beside={key: arrays[key] for key in lists},
         variable=name,
     )
 
@@ -154,7 +154,7 @@ def _load_v73(path: Path, variable: str | None, bands_axis: int | None) -> Store
             array[()].T,
             bands_axis,
             convention=BANDS_LAST,
-            beside={key: arrays[key][()] for key in WAVELENGTH_NAMES if key in arrays},
+            beside={key: arrays[key][()] for key in beside(shapes, types, array.shape)},
             variable=name,
         )
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from fastfusion.data.cube import Cube
 from fastfusion.data.formats.stored import (
-    WAVELENGTH_NAMES,
     Stored,
     arrange,
+    beside,
     check_bytes,
     pick_variable,
 )
@@ -50,8 +50,8 @@ def load_npz(path: Path, variable: str | None, bands_axis: int | None) -> Stored
             shapes[name], types[name] = shape, dtype
     name = pick_variable(shapes, types, variable)
     with np.load(path, allow_pickle=False) as arrays:
-        beside = {key: arrays[key] for key in shapes if key in WAVELENGTH_NAMES}
-        return arrange(arrays[name], bands_axis, convention=0, beside=beside, variable=name)
+        lists = {key: arrays[key] for key in beside(shapes, types, shapes[name])}
+        return arrange(arrays[name], bands_axis, convention=0, beside=lists, variable=name)
 
 
 def save_npz(path: Path, cube: Cube) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -105,6 +106,22 @@ def find_wavelengths(candidates: Mapping[str, Any]) -> np.ndarray | None:
             if values.dtype.kind in "uif" and values.size == max(values.shape, default=0) > 0:
                 return to_nanometres(values.ravel(), unit=None)
     return None
+
+
+def beside(
+    shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Any], cube: tuple[int, ...]
+) -> list[str]:
+    """Names of the arrays of a file that may be the cube's list of band centres.
+
+    One longer than every axis belongs to another cube, or is a lie that takes gigabytes to read.
+    """
+    return [
+        name
+        for name in WAVELENGTH_NAMES
+        if name in shapes
+        and np.dtype(types[name]).kind in "uif"
+        and math.prod(shapes[name]) <= max(cube, default=0)
+    ]
 
 
 def to_nanometres(values: Any, unit: str | None) -> np.ndarray | None:

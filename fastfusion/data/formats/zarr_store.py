@@ -15,9 +15,10 @@ from fastfusion.data.formats.stored import (
     LARGEST_COMPRESSION,
     LEFT_OUT,
     READING_KEYS,
-    WAVELENGTH_NAMES,
     Stored,
     arrange,
+    beside,
+    check_bytes,
     pick_variable,
 )
 
@@ -32,15 +33,17 @@ def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
     if not is_zarr(path):
         raise ValueError("it is not a zarr store: a folder with a zarr.json")
     array = zarr.open(path, mode="r")
-    beside = dict(array.attrs)
+    attributes = dict(array.attrs)
     if isinstance(array, zarr.Group):
         arrays = dict(array.arrays())
         shapes = {name: item.shape for name, item in arrays.items()}
         types = {name: item.dtype for name, item in arrays.items()}
         variable = pick_variable(shapes, types, variable)
-        beside.update({key: arrays[key][...] for key in WAVELENGTH_NAMES if key in arrays})
         array = arrays[variable]
-        beside.update(array.attrs)
+        for name in beside(shapes, types, array.shape):
+            check_bytes(shapes[name], types[name], _room(arrays[name]), name)
+            attributes[name] = _decodable(arrays[name])[...]
+        attributes.update(array.attrs)
     elif variable is not None:
         raise ValueError("the store is a single array; leave variable= out")
     if array.attrs.get(COMPLETE) and array.nchunks_initialized < array.nchunks:
@@ -49,10 +52,29 @@ def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
             "copy it anew"
         )
     metadata = {"variable": variable} if variable else {}
-    stored = arrange(array, bands_axis, convention=0, beside=beside, **metadata)
-    stored.room = max(array.nbytes_stored() * LARGEST_COMPRESSION, LEFT_OUT)
-    stored.metadata = {**beside.get("metadata", {}), **stored.metadata}
+    stored = arrange(_decodable(array), bands_axis, convention=0, beside=attributes, **metadata)
+    stored.room = _room(array)
+    stored.metadata = {**attributes.get("metadata", {}), **stored.metadata}
     return stored
+
+
+def _room(array: Any) -> int:
+    """Bytes of values that the chunks which are there can hold, or that may be left out."""
+    return max(array.nbytes_stored() * LARGEST_COMPRESSION, LEFT_OUT)
+
+
+def _decodable(array: Any) -> Any:
+    """The array, unless to read its chunks would be to run what they say.
+
+    Format 2 names its codecs among numcodecs', one of which unpickles; whether that one refuses
+    depends on the version.
+    """
+    of_format_2 = array.metadata.zarr_format == 2
+    codecs = [array.metadata.compressor, *(array.metadata.filters or ())] if of_format_2 else []
+    for codec in codecs:
+        if getattr(codec, "codec_id", None) == "pickle":
+            raise ValueError("its chunks are pickles, which are never read")
+    return array
 
 
 def save(path: Path, cube: Cube) -> None:
