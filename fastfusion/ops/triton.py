@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.ops.operator import layout_of
+from fastfusion.ops.operator import layout_of, log
 
 R = TypeVar("R")
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -160,10 +160,7 @@ def fastest(
         return tiles[0]
     path = _cache_file()
     name = f"{name} on {chip}, Triton {triton.__version__}"
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = {**_kept(path), **_unwritten}
     described = [dataclasses.asdict(tile) for tile in tiles]
     if name in known and known[name] in described:
         return tiles[described.index(known[name])]
@@ -171,12 +168,45 @@ def fastest(
         return None
     times = [seconds(functools.partial(run, tile)) for tile in tiles]
     best = times.index(min(times))
-    known[name] = described[best]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(known, file, indent=1)
-    os.replace(file.name, path)
+    try:
+        _keep(path, name, described[best])
+    except OSError as error:  # no room, or no permission: the next process times again
+        _unwritten[name] = described[best]
+        log.debug("the tiles of %s are kept in this process alone: %s", name, error)
     return tiles[best]
+
+
+#: What this process found out and could not write.
+_unwritten: dict[str, Any] = {}
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The tiles on disk; none where the file is not there or is damaged."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _keep(path: Path, name: str, tile: dict[str, Any]) -> None:
+    """Add a tile to those on disk, one process at a time, so that none writes over another's."""
+    import fcntl  # where Triton is, this is
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            try:
+                json.dump({**_kept(path), name: tile}, file, indent=1)
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    finally:
+        os.close(folder)
 
 
 # -- launching ---------------------------------------------------------------------------------

@@ -122,26 +122,20 @@ def test_activation_checkpointing(case: Case) -> None:
 # -- processes and threads ------------------------------------------------------------------------
 
 
-class _Fused(Dataset):
+class _AllCases(Dataset):
     def __len__(self) -> int:
-        return 2
+        return len(FIRST)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return FIRST[index].outputs(_floats(FIRST[index]), "auto")
-
-
-class _AllCases(_Fused):
-    def __len__(self) -> int:
-        return len(FIRST)
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_data_loader_workers(start: str) -> None:
     """After the operators ran here, so that a fork inherits their threads' state."""
     expected = [case.outputs(_floats(case), "auto") for case in FIRST]
-    data = _AllCases() if start == "fork" else _Fused()  # spawning imports torch again
-    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=start)
-    for outputs, truth in zip(loader, expected, strict=False):
+    loader = DataLoader(_AllCases(), batch_size=None, num_workers=1, multiprocessing_context=start)
+    for outputs, truth in zip(loader, expected, strict=True):
         for y, wanted in zip(outputs, truth, strict=True):
             assert torch.equal(y, wanted)
 

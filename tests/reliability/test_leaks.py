@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastfusion import native
-from tests.ops.cases import EVERY, Case
+from tests.ops.cases import CASES, EVERY, INTERNAL, Case
 from tests.reliability.effort import counted, effort, largest
 
 CALLS = effort(100, 10_000)
@@ -30,10 +30,20 @@ def resident() -> int:
     return int(found[1])
 
 
+#: PyTorch's own kernels take milliseconds for the calls of EVERY: the least of each operator's.
+SMALLEST = [
+    min((c for c in [*CASES, *INTERNAL] if c.operator == case.operator), key=lambda c: c.elements)
+    for case in EVERY
+]
+
+
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("case", EVERY, ids=str)
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_the_resident_size_is_flat(case: Case, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [("cpp", case) for case in EVERY] + [("reference", case) for case in SMALLEST],
+    ids=str,
+)
+def test_the_resident_size_is_flat(backend: str, case: Case) -> None:
     if backend == "cpp" and (reason := native.why_not(native.CPU)) is not None:
         pytest.skip(f"cpp: {reason}")
     if backend == "reference" and effort(True, False):
@@ -46,10 +56,15 @@ def test_the_resident_size_is_flat(case: Case, backend: str) -> None:
 
     for _ in range(CALLS // 5):
         call()
-    before = resident()
-    for _ in range(CALLS - CALLS // 5):
-        call()
-    grown = resident() - before
+    # Once more where it grew: the allocator does so now and then, a leak every time.
+    for _ in range(3):
+        before = resident()
+        for _ in range(CALLS - CALLS // 5):
+            call()
+        grown = resident() - before
+        if grown < ROOM:
+            break
+        counted("leaks", "operators tried once more")
     counted("leaks", "calls forward and backward", CALLS)
     largest("leaks", "KiB at most that the resident size grew by", grown)
     assert grown < ROOM, f"{grown} KiB more after {CALLS} calls"
