@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests import ahead
 from tests.reliability.effort import TORTURE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,19 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("fastfusion")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "ahead(command): starts with the run (tests/ahead.py)")
+
+
+def pytest_collection_finish(session):
+    if not session.config.option.collectonly:
+        ahead.start(session.items)
+
+
+def pytest_sessionfinish(session):
+    ahead.stop()
 
 
 @pytest.fixture(autouse=True)

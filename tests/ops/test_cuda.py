@@ -8,7 +8,6 @@ the address sanitizer, in several orders of the threads.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from fastfusion.ops import choice
 from fastfusion.ops.operator import OPERATORS
+from tests import ahead
 from tests.cuda_on_cpu import library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,40 +25,45 @@ NAMES = sorted(name for name, operator in OPERATORS.items() if "cuda" in operato
 needs_compiler = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
 
 
-def on_the_host_runtime(*arguments: str) -> subprocess.CompletedProcess[str]:
+def on_the_host_runtime(*arguments: str) -> ahead.Command:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_ON_CPU_ORDER": "random"}
     pytest_ = [sys.executable, "-m", "pytest", "-x", "-p", "no:warnings"]
-    return subprocess.run(
-        [*pytest_, "-p", "tests.cuda_on_cpu.library", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [*pytest_, "-p", "tests.cuda_on_cpu.library", *arguments]
+    return ahead.Command(command, environment)
+
+
+def parity() -> ahead.Command:
+    return on_the_host_runtime("tests/ops/test_parity.py", "-k", "cuda and not threads")
 
 
 @needs_compiler
+@pytest.mark.ahead(command=parity)
 @pytest.mark.timeout(900)  # the kernels are compiled first
 def test_parity_on_the_host_runtime() -> None:
-    done = on_the_host_runtime("tests/ops/test_parity.py", "-k", "cuda and not threads")
+    done = ahead.result(parity)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "100%" in done.stdout
 
 
-@needs_compiler
-@pytest.mark.timeout(900)
-def test_beyond_the_matrix_on_the_host_runtime() -> None:
+def beyond_the_matrix() -> ahead.Command:
     stage = (
         "(test_maxima or test_mixture) and float32 or parts or equal or maxima_without or special"
     )
     latent = "not (threads or instruction or 2-17 or 2-40)"
-    done = on_the_host_runtime(
+    return on_the_host_runtime(
         "tests/ops/test_haar.py",
         "tests/ops/test_frequency_filter.py",
         "tests/ops/test_latent_operator.py",
         "-k",
         f"test_haar and ({stage}) or test_frequency or test_latent_operator and {latent}",
     )
+
+
+@needs_compiler
+@pytest.mark.ahead(command=beyond_the_matrix)
+@pytest.mark.timeout(900)
+def test_beyond_the_matrix_on_the_host_runtime() -> None:
+    done = ahead.result(beyond_the_matrix)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 

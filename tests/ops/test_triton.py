@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from benchmarks import kernels as gate
 from fastfusion.ops.operator import OPERATORS
+from tests import ahead
 
 triton = pytest.importorskip("triton")
 
@@ -46,30 +46,38 @@ def operators(folder: str) -> list[str]:
     ]
 
 
-def interpreted(*command: str) -> subprocess.CompletedProcess[str]:
+def interpreted(*command: str) -> ahead.Command:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     if "PYTHONPATH" in os.environ:
         environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return ahead.Command([sys.executable, *command], environment)
 
 
+def parity(folder: str) -> ahead.Command:
+    names = " or ".join(f"triton-{name}" for name in operators(folder))
+    return interpreted(*PYTEST, "tests/ops/test_parity.py", "-k", names)
+
+
+@pytest.mark.ahead(command=parity)
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_parity_through_the_interpreter(folder: str) -> None:
-    names = " or ".join(f"triton-{name}" for name in operators(folder))
-    done = interpreted(*PYTEST, "tests/ops/test_parity.py", "-k", names)
+    done = ahead.result(parity, folder=folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
-def test_first_stage_through_the_interpreter() -> None:
-    done = interpreted(
+def first_stage() -> ahead.Command:
+    return interpreted(
         *PYTEST,
         "tests/ops/test_haar.py",
         "-k",
         "not long and (float32 or parts or equal or some or special or strides)",
     )
+
+
+@pytest.mark.ahead(command=first_stage)
+def test_first_stage_through_the_interpreter() -> None:
+    done = ahead.result(first_stage)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -81,10 +89,10 @@ TRITONS = sorted(path for path in (ROOT / "build").glob("triton-*") if path.is_d
 def test_the_other_tritons(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One operator with masks of every kind; all of them: make triton-versions."""
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-    done = interpreted("-c", "import triton; print(triton.__version__)")
+    done = ahead.run(interpreted("-c", "import triton; print(triton.__version__)"))
     assert done.stdout.strip() == folder.name.removeprefix("triton-")
     names = "triton-haar and (float32 or layout and channels_last)"
-    done = interpreted(*PYTEST, "tests/ops/test_parity.py", "-k", names)
+    done = ahead.run(interpreted(*PYTEST, "tests/ops/test_parity.py", "-k", names))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -153,6 +161,16 @@ def test_tuning_keeps_the_fastest_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
     assert fastest("scale", "sm_90", tiles, run, seconds) == tiles[1]
     assert len(timed) == 6
     assert len(json.loads(file.read_text())) == 1
+    for damaged in ("[1]", "null", "[" * 100_000, '{"scale": 3}'):
+        file.write_text(damaged)
+        assert fastest("scale", "sm_90", tiles, run, seconds) == tiles[1]
+    assert len(timed) == 18
+    # No room or no permission: what was found is kept in this process.
+    monkeypatch.setattr("fastfusion.ops.triton._unwritten", {})
+    monkeypatch.setenv("FASTFUSION_CACHE", str(file))  # a file where the folder should be
+    for _ in range(2):
+        assert fastest("scale", "sm_90", tiles, run, seconds) == tiles[1]
+    assert len(timed) == 21
 
 
 def test_triton_says_why_it_cannot() -> None:
@@ -171,7 +189,7 @@ def test_auto_leaves_the_interpreter_alone() -> None:
         "print(operator.choose('auto', x) is operator.backends['triton'])\n"
         "print(operator.why_not('triton', x.double()))"
     )
-    done = interpreted("-c", code)
+    done = ahead.run(interpreted("-c", code))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == ["None", "False"]
     assert "float64" in done.stdout
@@ -201,5 +219,5 @@ except Exception as error:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "script.py"
         script.write_text(code)
-        done = interpreted(str(script))
+        done = ahead.run(interpreted(str(script)))
     assert "load of 1 addresses out of bounds" in done.stdout, done.stdout + done.stderr
