@@ -88,7 +88,7 @@ docs: $(VENV)/docs.done
 	@echo "build/docs/index.html"
 
 sanitize: $(VENV)/dev.done
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python -m tests.sanitize --write docs/reliability.md
 
 SHARE ?= 1
 torture: $(VENV)/dev.done

@@ -1,11 +1,12 @@
-"""Run the C++ kernels' tests under the compiler's sanitizers: ``make sanitize``.
+"""Run the C++ kernels' tests under the compiler's sanitizers: ``python -m tests.sanitize``.
 
 AddressSanitizer and UndefinedBehaviorSanitizer watch the whole parity matrix of the C++ backend, at
 each instruction set that this processor has; ThreadSanitizer watches the threaded part of it. The
 library is built for each; Python and torch are the ordinary ones. So that ThreadSanitizer sees who
 waits for whom, the kernels then run on threads of their own instead of torch's pool.
 
-Every sanitizer is first shown a planted fault of its kind, which it must find.
+Every sanitizer is first shown a planted fault of its kind, which it must find. ``--write PAGE``
+puts what was run and found into the table that ``make torture`` writes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import argparse
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import ModuleType
+
+from tests.reliability import torture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,8 +109,12 @@ def capabilities() -> list[str]:
     return LEVELS[: LEVELS.index(best) + 1]
 
 
-def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> bool:
-    """The tests with one sanitizer on one instruction set; whether they passed."""
+#: How a sanitizer begins what it has to say.
+FOUND = re.compile(r"(AddressSanitizer: |runtime error: |ThreadSanitizer: )(.*)")
+
+
+def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> dict[str, str]:
+    """The tests with one sanitizer on one instruction set: a row of the table."""
     preload = [_runtime(compiler, name) for name in SANITIZERS[sanitizer][1]]
     environment = {
         **os.environ,
@@ -121,6 +130,7 @@ def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> 
         "PYTHONMALLOC": "malloc",
     }
     files = ["test_parity", "test_empty", "test_haar", "test_depthwise", "test_local_map"]
+    files += ["test_frequency_filter", "test_latent_operator"]
     chosen = [f"tests/ops/{name}.py" for name in files]
     chosen += ["-k", "cpp or test_haar or test_depthwise or test_local_map"]
     if sanitizer == "thread":
@@ -142,12 +152,42 @@ def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> 
         *chosen,
     ]
     print(f"sanitize: {sanitizer}, {capability}: {shlex.join(command)}", flush=True)
-    return subprocess.run(command, env=environment, cwd=ROOT).returncode == 0
+    start, said = time.monotonic(), []
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        sys.stdout.write(line)
+        sys.stdout.flush()
+        said.append(line)
+    status = process.wait()
+    text = "".join(said)
+    found = sorted({f"{kind}{what.strip()}" for kind, what in FOUND.findall(text)})
+    passed = re.findall(r"(\d+) passed", text)
+    outcome = "nothing found"
+    if found or status != 0:
+        outcome = f"failed: {'; '.join(found[:3]) or f'status {status}'}"
+    names = {"address": "address and undefined behaviour", "thread": "threads"}
+    return {
+        "part": f"sanitizers, {names[sanitizer]}: {capability}",
+        "tried": f"{passed[-1] if passed else 'no'} tests of the C++ kernels passed",
+        "outcome": outcome,
+        "minutes": f"{(time.monotonic() - start) / 60:.1f}",
+        "date": torture.today(),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=SANITIZERS, help="one kind (default: every)")
+    parser.add_argument("--level", choices=LEVELS, help="one instruction set (default: every)")
+    parser.add_argument("--write", type=Path, help="the page whose table gets the rows")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "sanitize")
     arguments = parser.parse_args()
     script = _build_script()
@@ -158,12 +198,18 @@ def main() -> None:
     good = True
     for sanitizer in [arguments.only] if arguments.only else SANITIZERS:
         library = arguments.out / sanitizer
-        # Later options win: -O1 keeps the names and the time of the build.
-        script.build(library, flags=f"{SANITIZERS[sanitizer][0]} -O1 -g1")
+        # Later options win: at -O0 no access is optimised away before it is judged, and the build
+        # takes a third of its time at -O1.
+        script.build(library, flags=f"{SANITIZERS[sanitizer][0]} -O0 -g1")
         levels = capabilities()
         # Races do not depend on the instruction set.
         for capability in levels if sanitizer == "address" else levels[-1:]:
-            good &= run(sanitizer, capability, compiler, library)
+            if arguments.level in (None, capability):
+                row = run(sanitizer, capability, compiler, library)
+                print(row, flush=True)
+                good &= row["outcome"] == "nothing found"
+                if arguments.write:
+                    torture.write(arguments.write, [row])
     sys.exit(0 if good else 1)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("part", "tried", "outcome", "minutes", "date")
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
@@ -44,7 +45,19 @@ PARTS = [
         "properties, Triton's interpreter",
         "tests/reliability/test_properties.py",
         60,
-        (("TRITON_INTERPRET", "1"),),
+        (
+            ("TRITON_INTERPRET", "1"),
+            ("PYTEST_ADDOPTS", "-p no:warnings -p tests.ops.interpreter"),
+        ),
+    ),
+    Part(
+        "properties, CUDA kernels on the CPU",
+        "tests/reliability/test_properties.py",
+        60,
+        (
+            ("CUDA_ON_CPU_ORDER", "random"),
+            ("PYTEST_ADDOPTS", "-p no:warnings -p tests.cuda_on_cpu.library"),
+        ),
     ),
     Part("faults", "tests/reliability/test_faults.py", 60),
     Part("concurrency", "tests/reliability/test_concurrency.py", 20),
@@ -100,7 +113,13 @@ def run(part: Part, minutes: float, share: float) -> dict[str, str]:
         "tried": tried,
         "outcome": outcome,
         "minutes": f"{seconds / 60:.1f}",
+        "date": today(),
     }
+
+
+def today() -> str:
+    """The date of a row."""
+    return f"{datetime.date.today():%d %B %Y}"
 
 
 def _told(part: Part, done: subprocess.CompletedProcess[str], figures: Path) -> tuple[str, str]:
@@ -109,11 +128,14 @@ def _told(part: Part, done: subprocess.CompletedProcess[str], figures: Path) -> 
         answer = json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else {}
         if "skipped" in answer:
             return f"left out: {answer['skipped']}", ""
-        tried = f"{answer.get('calls', 0)} operators at {answer.get('capabilities', '?')}"
+        tried = (
+            f"{answer.get('calls', 0)} calls of all operators, forward and backward, at "
+            f"{answer.get('capabilities', '?')}"
+        )
         if "errors" not in answer:
             return "failed", tried
         found = "; ".join(answer["errors"][:3])
-        return found or "no read of what nobody wrote", tried
+        return f"failed: {found}" if found else "none but the planted fault", tried
     failed = re.findall(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
     skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)$", done.stdout, re.MULTILINE)
     tried, _ = _figures(figures)
@@ -132,14 +154,13 @@ def _figures(file: Path) -> tuple[str, dict[str, float]]:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """The figures as Markdown, with where and when they were taken."""
-    cores = os.cpu_count()
+    """The figures as Markdown, with where the latest were taken."""
     head = (
-        f"{datetime.date.today():%d %B %Y}, {cores} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, `{torch.backends.cpu.get_cpu_capability()}`."
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"`{torch.backends.cpu.get_cpu_capability()}`."
     )
-    lines = [head, "", "| part | tried | outcome | minutes |", "|---|---|---|--:|"]
-    lines += [f"| {r['part']} | {r['tried']} | {r['outcome']} | {r['minutes']} |" for r in rows]
+    lines = [head, "", f"| {' | '.join(COLUMNS)} |", "|---|---|---|--:|---|"]
+    lines += [f"| {' | '.join(row[name] for name in COLUMNS)} |" for row in rows]
     return "\n".join(lines)
 
 
@@ -147,14 +168,14 @@ def write(page: Path, rows: list[dict[str, str]]) -> None:
     """Put the rows between the marks, beside those of other parts that are there."""
     before, rest = page.read_text().split(BEGIN)
     figures, after = rest.split(END)
-    names = ("part", "tried", "outcome", "minutes")
     there = [
-        dict(zip(names, (cell.strip() for cell in line.strip("|").split(" | ")), strict=True))
+        dict(zip(COLUMNS, (cell.strip() for cell in line.strip("|").split(" | ")), strict=True))
         for line in figures.splitlines()
-        if line.count(" | ") == len(names) - 1 and not line.startswith("| part |")
+        if line.count(" | ") == len(COLUMNS) - 1 and not line.startswith("| part |")
     ]
     known = {row["part"]: row for row in [*there, *rows]}
-    ordered = [known[part.name] for part in PARTS if part.name in known]
+    first = [part.name for part in PARTS if part.name in known]
+    ordered = [known[name] for name in [*first, *sorted(known.keys() - set(first))]]
     page.write_text(f"{before}{BEGIN}\n{table(ordered)}\n{END}{after}")
 
 
