@@ -1,11 +1,13 @@
 """Everything that needs a GPU, in one go and unattended: ``make gpu-check``.
 
 Runs from a plain checkout (``PYTHONPATH=. python -m benchmarks.gpu_check``) on a machine with
-torch and Triton; needs no network, no pytest and no build. Each part (``gpu_parts.py``) runs in
-processes of its own, because a fault of the device ends every later call of a process, and within
-its share of the time; what one part leaves over goes to the next. Writes a JSON with every row and
-docs/performance-gpu.md, prints the table last. Exit status 0 when all that ran is right, 1 when
-something is not; where there is no GPU it says so in one line, writes nothing and exits with 0.
+torch and Triton; needs no network and no pytest. The CUDA kernels are built for the card first
+where they are not there and nvcc is, which takes minutes beside those of the check. Each part
+(``gpu_parts.py``) runs in processes of its own, because a fault of the device ends every later call
+of a process, and within its share of the time; what one part leaves over goes to the next. Writes a
+JSON with every row and docs/performance-gpu.md, prints the table last. Exit status 0 when all that
+ran is right, 1 when something is not; where there is no GPU it says so in one line, writes nothing
+and exits with 0.
 
 ``--predict`` writes the page without a GPU: bytes, FLOPs and the floor on an H200.
 """
@@ -25,6 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastfusion import native
 from fastfusion.data.atomic import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +79,9 @@ class Limits:
 
 #: What the geometric means over all rows should reach.
 TARGETS = {"times faster than eager": 15.0, "times faster than torch.compile max-autotune": 3.0}
+
+#: How the times of the GPU backend that "auto" does not take are called: this and its name.
+OTHER = "backend "
 
 #: A copy and a product of 8192 x 8192 matrices measured on such a card.
 H200 = Limits("NVIDIA H200", 4.3e12, 790e12)
@@ -232,6 +238,26 @@ def measured_lines(rows: Sequence[Row], limits: Limits) -> list[str]:
     return lines
 
 
+def choice_lines(rows: Sequence[Row]) -> list[str]:
+    """Where the GPU backend that "auto" took is not the faster one: what to change in choice.py."""
+    found = []
+    compared = 0
+    for row in _latest(rows):
+        ours = row["seconds"]["fastfusion"][1]
+        for name, quartiles in row["seconds"].items():
+            if not name.startswith(OTHER):
+                continue
+            compared += 1
+            if quartiles[1] < ours:
+                times = f"{ours / quartiles[1]:.2f} times faster than {row['backend']}"
+                found.append(f"- {row['what']}, {row['dtype']}: {name.removeprefix(OTHER)} {times}")
+    head = (
+        f'Of {compared} rows with both GPU backends, "auto" took the slower one in {len(found)} '
+        "(fastfusion/ops/choice.py)."
+    )
+    return [head, *([""] if found else []), *found]
+
+
 def limits_in(rows: Sequence[Row]) -> Limits | None:
     """The card's limits as the tables' part measured them."""
     for row in rows:
@@ -281,6 +307,8 @@ def page(rows: Sequence[Row] | None) -> str:
             "",
             *mean_lines(rows or [], limits),
             "",
+            *choice_lines(rows or []),
+            "",
             *measured_lines(rows or [], limits),
         ]
     lines += [
@@ -319,6 +347,25 @@ def why_no_gpu() -> str | None:
     return None
 
 
+def built(folder: Path) -> Row:
+    """Build the CUDA kernels for this card and let the parts load them, if they are not there."""
+    import torch
+
+    row: Row = {"part": "build", "what": "_C_cuda", "ok": True, "detail": "was there"}
+    if torch.version.cuda is None or native.library_path(native.CUDA) is not None:
+        return row
+    number = ".".join(map(str, torch.cuda.get_device_capability()))
+    command = [sys.executable, str(ROOT / "csrc" / "build.py"), "--cuda", "--out", str(folder)]
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": number}
+    print(f"build: the CUDA kernels for compute capability {number}", flush=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        os.environ["FASTFUSION_LIBRARY_DIR"] = str(folder)
+        return {**row, "detail": f"built for {number}"}
+    words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    return {**row, "ok": None, "detail": words[-1] if words else f"status {done.returncode}"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check and measure, or predict."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -347,7 +394,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def keep(rows: list[Row]) -> None:
         write(json.dumps(rows, indent=1), options.json)
 
-    rows = run(PARTS, work, options.seconds, done=keep)
+    build = built(folder / "libraries")
+    if build["ok"] is not True:
+        print(f"build: no CUDA kernels: {build['detail']}", flush=True)
+    rows = [build, *run(PARTS, work, options.seconds, done=keep)]
     keep(rows)
     write(page(rows), options.page)
     print("\n".join(check_lines(rows)))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check import OTHER
 from benchmarks.works import WORKS, Work
 from fastfusion.benchmarking import op_called
 from fastfusion.ops.operator import BACKENDS, OPERATORS
@@ -356,6 +357,10 @@ def contestants(work: Work, sets: list[list[Any]], compile_too: bool) -> dict[st
         )
     if operator.name == "depthwise_conv2d":
         functions["cuDNN"] = _cudnn
+    # The GPU backend that fastfusion/ops/choice.py does not take: whether it should is measured.
+    for name in {"cuda", "triton"} & set(operator.backends) - {chosen_backend(work, sets[0])}:
+        if operator.why_not(name, *sets[0]) is None:
+            functions[OTHER + name] = functools.partial(_by_name, operator, name)
 
     def prepared(function: Callable[..., Any]) -> Callable[[int], Any]:
         if work.backward:
@@ -363,6 +368,10 @@ def contestants(work: Work, sets: list[list[Any]], compile_too: bool) -> dict[st
         return lambda index: function(*sets[index])
 
     return {name: prepared(function) for name, function in functions.items()}
+
+
+def _by_name(operator: Any, backend: str, *args: Any) -> Any:
+    return operator.op(*args, backend)
 
 
 def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, rows: int, columns: int, _: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,54 @@ def test_means_over_the_latest_rows_stand_beside_their_targets() -> None:
     ]
 
 
+def test_a_choice_that_is_the_slower_one_is_told() -> None:
+    assert gpu_check.choice_lines(ROWS)[0].startswith("Of 0 rows with both")
+    faster = {**ROWS[-1]["seconds"], "backend cuda": [0, 1e-5, 0]}
+    slower = {**ROWS[-1]["seconds"], "backend cuda": [0, 3e-5, 0]}
+    rows = [{**ROWS[-1], "seconds": faster}, {**ROWS[-1], "what": "other", "seconds": slower}]
+    head, _, line = gpu_check.choice_lines(rows)
+    assert head.startswith('Of 2 rows with both GPU backends, "auto" took the slower one in 1 ')
+    assert line == "- work, float32: cuda 2.00 times faster than triton"
+
+
+def test_both_gpu_backends_are_timed(monkeypatch: Any) -> None:
+    operator = OPERATORS["depthwise_conv2d"]
+    monkeypatch.setattr(operator, "why_not", lambda name, *args: None)
+    work = Work(depthwise(3, 2), "3x3", (1, 4, 8, 8))
+    monkeypatch.setattr(gpu_parts, "chosen_backend", lambda work, args: "cuda")
+    calls = gpu_parts.contestants(work, [work.arguments("cpu", torch.float32)], False)
+    assert set(calls) == {"fastfusion", "eager", "cuDNN", "backend triton"}
+    monkeypatch.setattr(gpu_parts, "chosen_backend", lambda work, args: "triton")
+    calls = gpu_parts.contestants(work, [work.arguments("cpu", torch.float32)], False)
+    assert set(calls) == {"fastfusion", "eager", "cuDNN", "backend cuda"}
+
+
+def test_the_cuda_kernels_are_built_for_the_card(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check.os, "environ", {})
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert gpu_check.built(tmp_path)["detail"] == "was there"  # or torch could not load it
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(gpu_check.native, "library_path", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    done: Any = subprocess.CompletedProcess([], 0, "", "")
+    asked = []
+
+    def run(command: Any, env: Any, **rest: Any) -> Any:
+        asked.append((command[1:], env["TORCH_CUDA_ARCH_LIST"]))
+        return done
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    row = gpu_check.built(tmp_path)
+    assert (row["ok"], row["detail"]) == (True, "built for 9.0")
+    assert gpu_check.os.environ["FASTFUSION_LIBRARY_DIR"] == str(tmp_path)
+    ((command, architecture),) = asked
+    assert Path(command[0]).is_file() and command[1:] == ["--cuda", "--out", str(tmp_path)]
+    assert architecture == "9.0"
+    done = subprocess.CompletedProcess([], 1, "", "nvcc was not found\n")
+    row = gpu_check.built(tmp_path)
+    assert (row["ok"], row["detail"]) == (None, "nvcc was not found")
+
+
 def test_the_page_says_what_is_wrong_and_what_was_measured() -> None:
     text = gpu_check.page(ROWS)
     assert "GPU Card; torch 2.0." in text
@@ -354,8 +403,10 @@ def test_with_a_gpu_json_page_and_the_table_last(
         "in_processes",
         lambda part, seconds, folder: [row for row in ROWS if row["part"] == part.name],
     )
+    built = {"part": "build", "what": "_C_cuda", "ok": None, "detail": "no nvcc"}
+    monkeypatch.setattr(gpu_check, "built", lambda folder: built)
     places = ["--page", str(tmp_path / "page.md"), "--json", str(tmp_path / "rows.json")]
     assert gpu_check.main(places) == 1  # a kernel is wrong
-    assert json.loads((tmp_path / "rows.json").read_text()) == ROWS
-    assert (tmp_path / "page.md").read_text() == gpu_check.page(ROWS)
+    assert json.loads((tmp_path / "rows.json").read_text()) == [built, *ROWS]
+    assert (tmp_path / "page.md").read_text() == gpu_check.page([built, *ROWS])
     assert capsys.readouterr().out.splitlines()[-1].startswith("| work | float32 | 20 (triton)")
