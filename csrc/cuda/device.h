@@ -7,6 +7,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -65,6 +66,22 @@ __device__ T& shared_memory() {
 #else
   return cuda_on_cpu::shared<T>();
 #endif
+}
+
+// Asynchronous copies, from global to shared memory and past the registers, so that as many are on
+// their way as memory needs. A thread starts some, commits them as a group, and waits until at most
+// the newest PENDING groups are still on their way; others see its values behind a barrier.
+
+// N neighbours, 4, 8 or 16 bytes and aligned to them; from `there` on zeros, which are not read.
+template <int N, typename T>
+__device__ void copy_async(T* shared, const T* global, int there) {
+  static_assert(sizeof(T) * N == 4 || sizeof(T) * N == 8 || sizeof(T) * N == 16);
+  __pipeline_memcpy_async(shared, global, sizeof(T) * N, sizeof(T) * (N - there));
+}
+__device__ inline void commit_copies() { __pipeline_commit(); }
+template <int PENDING>
+__device__ void wait_for_copies() {
+  __pipeline_wait_prior(PENDING);
 }
 
 // The sum over the lanes of a warp, in a fixed order, in every lane.

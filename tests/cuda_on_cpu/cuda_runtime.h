@@ -48,7 +48,7 @@ namespace cuda_on_cpu {
 constexpr unsigned kWarp = 32;
 
 // Run `thread` once for each thread of each block. Throws std::runtime_error where threads wait
-// for ever, or where a block has written beyond its shared memory.
+// for ever, where a block has written beyond its shared memory, or where a copy is wrong.
 void run(dim3 grid, dim3 block, const std::function<void()>& thread);
 
 void block_barrier();
@@ -62,6 +62,13 @@ T& shared() {
   static const char key = 0;
   return *static_cast<T*>(shared(&key, sizeof(T), alignof(T)));
 }
+
+// The calling thread's asynchronous copies: `size` bytes, the last `zeros` of which are not read
+// but become 0; those since the last commit form a group. A copy that is misaligned, that goes
+// elsewhere than to the block's shared memory, or that nobody waits for is told by `run`.
+void start_copy(void* to, const void* from, size_t size, size_t zeros);
+void commit_copies();
+void wait_for_copies(size_t pending_groups);
 
 // What the lanes of the calling thread's warp have put down for an exchange.
 uint64_t* slots();

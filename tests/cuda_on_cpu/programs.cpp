@@ -33,6 +33,34 @@ __global__ void turn(const float* x, float* y) {
   y[first + i] = row.value[kThreads - 1 - i];
 }
 
+// The same by asynchronous copies of four, the last four of which are cut short, in two groups.
+template <int PENDING, bool BARRIER>
+__global__ void copied(const float* x, float* y) {
+  Row& row = shared_memory<Row>();
+  const int i = threadIdx.x, first = blockIdx.x * kThreads;
+  if (i % 4 == 0) copy_async<4>(row.value + i, x + first + i, i + 4 < kThreads ? 4 : 1);
+  commit_copies();
+  commit_copies();  // of nothing
+  wait_for_copies<PENDING>();
+  if (BARRIER) __syncthreads();
+  y[first + i] = row.value[kThreads - 1 - i];
+  __syncthreads();
+  wait_for_copies<0>();
+}
+
+__global__ void never_waits(const float* x) {
+  copy_async<1>(shared_memory<Row>().value + threadIdx.x, x, 1);
+  commit_copies();
+}
+
+__global__ void copies_elsewhere(const float* x, float* y) { copy_async<1>(y, x, 1); }
+
+__global__ void copies_four(const float* x, int count) {
+  copy_async<4>(shared_memory<Row>().value, x, count);
+  commit_copies();
+  wait_for_copies<0>();
+}
+
 // Lane by lane: from the left, from the right, the sum of all, and who holds an odd number.
 __global__ void exchange(float* y) {
   const unsigned i = threadIdx.x + blockDim.x * threadIdx.y;
@@ -73,6 +101,14 @@ int run(const std::string& name) {
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
   if (name == "turn") launch(2, kThreads, turn<true>, x.data(), y.data());
   if (name == "race") launch(2, kThreads, turn<false>, x.data(), y.data());
+  if (name == "copied") launch(2, kThreads, copied<1, true>, x.data(), y.data());
+  if (name == "copied too late") launch(2, kThreads, copied<2, true>, x.data(), y.data());
+  if (name == "copied, no barrier") launch(2, kThreads, copied<0, false>, x.data(), y.data());
+  if (name == "never waits") launch(1, kThreads, never_waits, x.data());
+  if (name == "copies elsewhere") launch(1, 1, copies_elsewhere, x.data(), y.data());
+  if (name == "copies misaligned") launch(1, 1, copies_four, x.data() + 1, 4);
+  if (name == "copies nothing") launch(1, 1, copies_four, nullptr, 0);
+  if (name == "copies beyond") launch(1, 1, copies_four, x.data() + x.size(), 4);
   if (name == "exchange") launch(1, dim3(16, 4), exchange, y.data());
   if (name == "unwritten") launch(1, kThreads, unwritten, y.data());
   if (name == "beyond shared") launch(1, kThreads, beyond_shared);

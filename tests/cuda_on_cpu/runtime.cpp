@@ -9,10 +9,14 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #endif
 
 thread_local uint3 threadIdx, blockIdx;
@@ -88,6 +92,13 @@ struct Barrier {
   uint64_t passed = 0;
 };
 
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  size_t size, zeros;
+  uint64_t group;
+};
+
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -95,6 +106,8 @@ struct Fiber {
   Barrier* barrier;  // at which it waits
   uint64_t round;    // until the barrier has been passed more often
   bool done;
+  std::vector<Copy> copies;  // that have not arrived
+  uint64_t groups;           // of copies, committed
 
   bool ready() const { return !done && (barrier == nullptr || barrier->passed > round); }
 };
@@ -116,6 +129,7 @@ struct Block {
   std::map<const void*, SharedMemory> shared;
   Context scheduler;
   Fiber* current = nullptr;
+  const char* fault = nullptr;  // told when the fiber that met it gives up its turn
   const std::function<void()>* thread = nullptr;
 };
 
@@ -123,6 +137,7 @@ thread_local Block block;
 
 void enter() {
   (*block.thread)();
+  if (!block.current->copies.empty()) block.fault = "a thread ended before its copies arrived";
   block.current->done = true;
   change(block.current->context, block.scheduler);
 }
@@ -159,6 +174,12 @@ void run_block(unsigned threads, std::minstd_rand& random) {
     fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     fiber.barrier = nullptr;
     fiber.done = false;
+    fiber.copies.clear();
+    fiber.groups = 0;
+#if defined(__SANITIZE_ADDRESS__)
+    // A fiber never returns from its first function, whose guards would stay.
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStack);
+#endif
     prepare(fiber.context, fiber.stack.get(), enter);
   }
   std::vector<unsigned> order(threads);
@@ -173,6 +194,7 @@ void run_block(unsigned threads, std::minstd_rand& random) {
       threadIdx = fiber.index;
       change(block.scheduler, fiber.context);
       left -= fiber.done;
+      if (const char* fault = std::exchange(block.fault, nullptr)) throw std::runtime_error(fault);
     }
     if (!moved) throw std::runtime_error("threads wait at a barrier that others never reach");
   }
@@ -188,6 +210,43 @@ void run_block(unsigned threads, std::minstd_rand& random) {
 void block_barrier() { wait(block.barrier); }
 
 void warp_barrier() { wait(block.warps[number(*block.current) / kWarp].barrier); }
+
+void start_copy(void* to, const void* from, size_t size, size_t zeros) {
+  unsigned char* place = static_cast<unsigned char*>(to);
+  const auto holds = [&](const auto& piece) {
+    const unsigned char* begin = piece.second.bytes.get();
+    return place >= begin && place + size <= begin + piece.second.size;
+  };
+  const auto misaligned = [&](const void* at) {
+    return reinterpret_cast<uintptr_t>(at) % size != 0;
+  };
+  if ((size != 4 && size != 8 && size != 16) || zeros > size)
+    block.fault = "a copy of other than 4, 8 or 16 bytes";
+  else if (misaligned(to) || (zeros < size && misaligned(from)))
+    block.fault = "a copy between misaligned addresses";
+  else if (std::none_of(block.shared.begin(), block.shared.end(), holds))
+    block.fault = "a copy to a place that is not shared memory";
+  if (block.fault != nullptr) return;
+  std::memset(place, kPoison, size);
+  block.current->copies.push_back({place, from, size, zeros, block.current->groups});
+}
+
+void commit_copies() { ++block.current->groups; }
+
+void wait_for_copies(size_t pending_groups) {
+  Fiber& fiber = *block.current;
+  size_t kept = 0;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group + pending_groups < fiber.groups) {
+      const size_t read = copy.size - copy.zeros;
+      if (read > 0) std::memcpy(copy.to, copy.from, read);
+      std::memset(copy.to + read, 0, copy.zeros);
+    } else {
+      fiber.copies[kept++] = copy;
+    }
+  }
+  fiber.copies.resize(kept);
+}
 
 uint64_t* slots() { return block.warps[number(*block.current) / kWarp].slots; }
 

@@ -66,6 +66,22 @@ def test_a_race_on_shared_memory_shows_in_the_order(plain: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_asynchronous_copies(plain: Path, order: str) -> None:
+    turned = values(plain, "copied", order)
+    cut = [0, 0, 0]
+    assert turned == [*cut, *range(60, -1, -1), *cut, *range(124, 63, -1)]
+
+
+def test_a_copy_that_was_not_waited_for_is_poison(plain: Path) -> None:
+    assert all(math.isnan(value) for value in values(plain, "copied too late"))
+
+
+def test_a_copy_without_a_barrier_shows_in_the_order(plain: Path) -> None:
+    found = [values(plain, "copied, no barrier", order) for order in ("forward", "reverse")]
+    assert str(found[0]) != str(found[1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_shuffles_over_a_block_of_two_dimensions(plain: Path, order: str) -> None:
     expected = [
         max(lane - 1, 0) + 100 * (lane + 2 if lane < 30 else lane) + 30000 + 0.75
@@ -91,6 +107,9 @@ def test_atomics_vectors_and_rounding(plain: Path) -> None:
         ("beyond shared", "beyond its shared memory"),
         ("half wait", "barrier that others never reach"),
         ("too large", "not launched"),
+        ("never waits", "ended before its copies arrived"),
+        ("copies elsewhere", "not shared memory"),
+        ("copies misaligned", "misaligned addresses"),
     ],
 )
 def test_faults_are_told(plain: Path, name: str, message: str) -> None:
@@ -103,6 +122,9 @@ def test_faults_are_told(plain: Path, name: str, message: str) -> None:
         ("beyond shared", "heap-buffer-overflow"),
         ("beyond output", "heap-buffer-overflow"),
         ("misaligned", "misaligned address"),
+        ("copies beyond", "heap-buffer-overflow"),
+        ("copies nothing", ""),
+        ("copied", ""),
         ("turn", ""),
         ("exchange", ""),
     ],
