@@ -65,6 +65,29 @@ int64_t row_groups(int64_t rows, int64_t dilation) {
   return phases * divided(divided(rows, dilation), R);
 }
 
+// A column of K taps, `step` apart, to R sums; next() is the next of the R + K - 1 values that they
+// see.
+template <int R, int K, typename W, typename Next>
+__device__ void add_column(const Next& next, const W* taps, int64_t step, float (&sum)[R]) {
+  float window[R + K - 1];
+#pragma unroll
+  for (float& value : window) value = next();
+#pragma unroll
+  for (int p = 0; p < K; ++p) {
+    const float tap = widen(taps[p * step]);
+#pragma unroll
+    for (int i = 0; i < R; ++i) sum[i] += tap * window[i + p];
+  }
+}
+
+template <int R, typename W>
+__device__ void add_bias(const Filter<W>& filter, int64_t channel, float (&sum)[R]) {
+  if (filter.bias == nullptr) return;
+  const float bias = widen(filter.bias[channel]);
+#pragma unroll
+  for (float& value : sum) value += bias;
+}
+
 // R sums from `row` of `column` on. K is the size of a square filter, or 0 for any.
 template <int R, int K, typename T, typename W>
 __device__ void correlate(const View<const T>& x, const Filter<W>& filter, const Shape& image,
@@ -90,15 +113,7 @@ __device__ void correlate(const View<const T>& x, const Filter<W>& filter, const
       return value;
     };
     if constexpr (K > 0) {
-      float window[R + K - 1];
-#pragma unroll
-      for (float& value : window) value = next();
-#pragma unroll
-      for (int p = 0; p < K; ++p) {
-        const float tap = widen(taps[p * K * filter.tap]);
-#pragma unroll
-        for (int i = 0; i < R; ++i) sum[i] += tap * window[i + p];
-      }
+      add_column<R, K>(next, taps, K * filter.tap, sum);
     } else {
       float window[2 * R - 1];
 #pragma unroll
@@ -118,11 +133,7 @@ __device__ void correlate(const View<const T>& x, const Filter<W>& filter, const
       }
     }
   }
-  if (filter.bias != nullptr) {
-    const float bias = widen(filter.bias[channel]);
-#pragma unroll
-    for (float& value : sum) value += bias;
-  }
+  add_bias(filter, channel, sum);
 }
 
 }  // namespace fastfusion::cuda

@@ -1,12 +1,16 @@
 // The depthwise convolution and the two attentions that stand on it, forward and backward.
 //
 // depthwise_kernel: 8 rows of a column a thread (correlate.h), every image read from memory once
-// and written once. depthwise_weight_bwd_kernel: a block takes one channel (or 32 of them in
-// channels_last) of a chunk of the image and goes through it once for each column of taps, the
-// chunk in the first-level cache; a thread holds the sums of P taps of a column in registers and
-// slides their window down its column. The chunks' sums are added in order by a second kernel, so
-// that a result has one value however the blocks are scheduled.
+// and written once. depthwise_tile_kernel: the same sums for the filters of float32 that would wait
+// for their addresses rather than for memory, out of tiles in shared memory, the next of which is
+// on its way while one is summed up. depthwise_weight_bwd_kernel: a block takes one channel (or 32
+// of them in channels_last) of a chunk of the image and goes through it once for each column of
+// taps, the chunk in the first-level cache; a thread holds the sums of P taps of a column in
+// registers and slides their window down its column. The chunks' sums are added in order by a
+// second kernel, so that a result has one value however the blocks are scheduled.
+#include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "../bindings/torch_calls.h"
 #include "correlate.h"
@@ -17,6 +21,13 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSums = 8;        // pixels that a thread computes
 constexpr int kChunkRows = 32;  // of the image, whose products one block adds up
+
+template <typename T>
+__device__ void put(const View<T>& y, const View<const float>& plus, int64_t batch, int64_t channel,
+                    int64_t row, int64_t column, float value) {
+  if (plus.data != nullptr) value += *plus.at(batch, channel, row, column);
+  *y.at(batch, channel, row, column) = narrow<T>(value);
+}
 
 // y = act(filter(x)) + plus; with SLOPE y = grad * act'(filter(x)).
 template <typename In, typename W, typename Out, int K, bool LAST, bool SLOPE>
@@ -38,8 +49,80 @@ __global__ void __launch_bounds__(kThreads, 2)
       value = widen(*grad.at(at.image, at.channel, row, at.column)) * slope(activation, sum[i]);
     else
       value = activate(activation, sum[i]);
-    if (plus.data != nullptr) value += *plus.at(at.image, at.channel, row, at.column);
-    *y.at(at.image, at.channel, row, at.column) = narrow<Out>(value);
+    put(y, plus, at.image, at.channel, row, at.column, value);
+  }
+}
+
+// A tile of a plane, and what the filter sees around it; K x K taps, D apart. Whole lattices of
+// rows.
+template <int K, int D>
+struct alignas(16) DepthwiseTile {
+  static constexpr int kGroups = D == 1 ? 4 : 2 * D;  // of kSums rows
+  static constexpr int kRows = kSums * kGroups, kColumns = 64;
+  static constexpr int kReach = K / 2 * D, kMargin = (kReach + 3) / 4 * 4;  // copies of 16 bytes
+  static constexpr int kLines = kRows + 2 * kReach, kLine = kColumns + 2 * kMargin;
+  static constexpr int kThreads = kColumns * kGroups;
+
+  float value[2][kLines][kLine];
+};
+
+// y = act(filter(x)) + plus. A block has `tiles` tiles, one below the other, of one plane; rows lie
+// at multiples of 16 bytes.
+template <int K, int D>
+__global__ void __launch_bounds__(DepthwiseTile<K, D>::kThreads, 2)
+    depthwise_tile_kernel(View<const float> x, Filter<float> filter, Activation activation,
+                          View<const float> plus, View<float> y, Shape image, int tiles,
+                          unsigned across, unsigned down) {
+  using Tile = DepthwiseTile<K, D>;
+  Tile& tile = shared_memory<Tile>();
+  const int rows = static_cast<int>(image.rows), columns = static_cast<int>(image.columns);
+  const int first_column = static_cast<int>(blockIdx.x % across) * Tile::kColumns;
+  const int first_tile = static_cast<int>(blockIdx.x / across % down) * tiles;
+  const int64_t plane = blockIdx.x / across / down;
+  const int64_t channel = plane % image.channels, batch = plane / image.channels;
+  const auto top = [&](int t) { return (first_tile + t) * Tile::kRows; };
+  const auto fetch = [&](int t) {
+    constexpr int kPieces = Tile::kLine / 4;
+    for (int i = threadIdx.x; i < Tile::kLines * kPieces; i += Tile::kThreads) {
+      const int line = i / kPieces, at = i % kPieces * 4;
+      const int row = top(t) - Tile::kReach + line, column = first_column - Tile::kMargin + at;
+      const bool seen = row >= 0 && row < rows && column >= 0 && column < columns;
+      const int there = !seen ? 0 : columns - column < 4 ? columns - column : 4;
+      const float* from = seen ? x.at(batch, channel, row, column) : x.data;
+      copy_async<4>(&tile.value[t % 2][line][at], from, there);
+    }
+  };
+  const int left = (rows - top(0) + Tile::kRows - 1) / Tile::kRows;
+  const int count = left < tiles ? left : tiles;
+  const int column = static_cast<int>(threadIdx.x) % Tile::kColumns;
+  const int line = first_row<kSums>(threadIdx.x / Tile::kColumns, Tile::kRows, D);
+  const float* taps = filter.taps + channel * filter.channel;
+
+  fetch(0);
+  commit_copies();
+  for (int t = 0; t < count; ++t) {
+    wait_for_copies<0>();
+    __syncthreads();  // this tile is here, and nobody needs the one before any more
+    if (t + 1 < count) fetch(t + 1);
+    commit_copies();
+    float sum[kSums] = {};
+#pragma unroll 1
+    for (int q = 0; q < K; ++q) {
+      const float* from = &tile.value[t % 2][line][Tile::kMargin - Tile::kReach + column + q * D];
+      const auto next = [&] {
+        const float value = *from;
+        from += D * Tile::kLine;
+        return value;
+      };
+      add_column<kSums, K>(next, taps + q * filter.tap, K * filter.tap, sum);
+    }
+    add_bias(filter, channel, sum);
+    int row = top(t) + line;
+    const int to = first_column + column;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i, row += D)
+      if (row < rows && to < columns)
+        put(y, plus, batch, channel, row, to, activate(activation, sum[i]));
   }
 }
 
@@ -302,12 +385,52 @@ View<T> maybe_view(const MaybeTensor& x) {
   return x ? view<T>(*x) : View<T>{};
 }
 
+// Whether copies of 16 bytes can be made of the rows of an image.
+bool in_sixteens(const View<const float>& x) {
+  const auto whole = [](int64_t step) { return step % 4 == 0; };
+  return x.column == 1 && whole(x.row) && whole(x.channel) && whole(x.batch) &&
+         reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
+// Blocks that fill a large GPU: four for each multiprocessor of an H200.
+constexpr int64_t kFilled = 528;
+template <int N>
+constexpr std::integral_constant<int, N> kInt{};
+constexpr int64_t kMostTiles = 4;  // of a block: the first of them is waited for
+
+template <int K, int D>
+void convolve_tiles(const Stream& stream, const View<const float>& x, const Filter<float>& filter,
+                    Activation activation, const View<const float>& plus, const Tensor& y) {
+  using Tile = DepthwiseTile<K, D>;
+  const Shape image = shape(y);
+  const int64_t planes = image.batch * image.channels;
+  const int64_t across = divided(image.columns, Tile::kColumns);
+  const int64_t tall = divided(image.rows, Tile::kRows);
+  const int64_t tiles = std::clamp<int64_t>(planes * across * tall / kFilled, 1, kMostTiles);
+  const int64_t down = divided(tall, tiles);
+  launch(stream, planes * across * down, dim3(Tile::kThreads), depthwise_tile_kernel<K, D>, x,
+         filter, activation, plus, view<float>(y), image, tiles, across, down);
+}
+
 // y = act(filter(x)) + plus.
 template <typename In, typename W, typename Out>
 void convolve(const Stream& stream, const Tensor& x, const Filter<W>& filter, Activation activation,
               const MaybeTensor& plus, const Tensor& y) {
   const bool last = is_last(y);
   const Shape units = units_of(x, filter.row_dilation);
+  const int square = filter.rows == filter.columns ? filter.rows : 0;
+  if constexpr (std::is_same_v<In, float> && std::is_same_v<W, float> &&
+                std::is_same_v<Out, float>) {
+    const View<const float> from = view<const float>(x), added = maybe_view<const float>(plus);
+    const int64_t step = filter.row_dilation == filter.column_dilation ? filter.row_dilation : 0;
+    const auto tiles = [&](auto size, auto dilation) {
+      constexpr int kSize = decltype(size)::value, kDilation = decltype(dilation)::value;
+      if (last || square != kSize || step != kDilation || !in_sixteens(from)) return false;
+      convolve_tiles<kSize, kDilation>(stream, from, filter, activation, added, y);
+      return true;
+    };
+    if (tiles(kInt<5>, kInt<1>) || tiles(kInt<7>, kInt<1>) || tiles(kInt<7>, kInt<3>)) return;
+  }
   const Grid grid = grid_over(units, last);
   with_bool(last, [&](auto pixels) {
     constexpr bool kLast = decltype(pixels)::value;
@@ -316,7 +439,6 @@ void convolve(const Stream& stream, const Tensor& x, const Filter<W>& filter, Ac
              View<const W>{}, maybe_view<const float>(plus), view<Out>(y), shape(x), units);
     };
     if constexpr (std::is_same_v<In, W> && std::is_same_v<W, Out>) {
-      const int square = filter.rows == filter.columns ? filter.rows : 0;
       if (square == 3) return run(depthwise_kernel<In, W, Out, 3, kLast, false>);
       if (square == 5) return run(depthwise_kernel<In, W, Out, 5, kLast, false>);
       if (square == 7) return run(depthwise_kernel<In, W, Out, 7, kLast, false>);

@@ -51,11 +51,13 @@ def beyond_the_matrix() -> ahead.Command:
     )
     latent = "not (threads or instruction or 2-17 or 2-40)"
     return on_the_host_runtime(
+        "tests/ops/test_depthwise.py",
         "tests/ops/test_haar.py",
         "tests/ops/test_frequency_filter.py",
         "tests/ops/test_latent_operator.py",
         "-k",
-        f"test_haar and ({stage}) or test_frequency or test_latent_operator and {latent}",
+        f"in_tiles or test_haar and ({stage}) or test_frequency or"
+        f" test_latent_operator and {latent}",
     )
 
 

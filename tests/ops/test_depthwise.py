@@ -1,4 +1,8 @@
-"""What is particular to the depthwise operators: large filters by the transform."""
+"""What is particular to the depthwise operators: large filters by the transform, images in tiles.
+
+The tiles are those of the kernels for CPUs or, where pytest was given ``-p
+tests.cuda_on_cpu.library`` (test_cuda.py does so), of those in CUDA.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,9 @@ import torch
 from fastfusion import ops
 from fastfusion.ops.depthwise import depthwise, reference, transform
 from tests.closeness import assert_close
+from tests.cuda_on_cpu import library
+
+BACKEND = "cuda" if library.installed else "cpp"
 
 
 @pytest.mark.parametrize(
@@ -95,3 +102,41 @@ def test_threads_change_no_bit() -> None:
     for again in found[1:]:
         for a, b in zip(found[0], again, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("size", "wide", "kernel", "dilation", "activation"),
+    [
+        ((2, 3, 35, 132), 132, 5, 1, "gelu"),  # more than one tile, each a block's only one
+        ((1, 2, 66, 68), 68, 7, 1, None),
+        ((1, 2, 50, 68), 68, 7, 3, "silu"),
+        ((1, 2, 9, 65), 68, 5, 1, None),  # rows that end within a copy of four
+        ((1, 264, 70, 68), 68, 5, 1, None),  # three tiles a block
+    ],
+)
+def test_images_in_tiles(
+    size: tuple[int, ...], wide: int, kernel: int, dilation: int, activation: str | None
+) -> None:
+    if BACKEND == "cpp" and depthwise.why_no_cpp() is not None:
+        pytest.skip(f"cpp: {depthwise.why_no_cpp()}")
+    x = torch.randn(*size[:-1], wide)
+    x[..., size[-1] :] = float("nan")
+    x = x[..., : size[-1]].requires_grad_()
+    weight, bias = torch.randn(size[1], 1, kernel, kernel), torch.randn(size[1])
+    grad = torch.randn(size)
+
+    def run(of: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        y = ops.depthwise_conv2d(
+            of,
+            weight.to(of.dtype),
+            bias.to(of.dtype),
+            dilation=dilation,
+            activation=activation,
+            backend=backend,
+        )
+        return y.detach(), torch.autograd.grad(y, of, grad.to(of.dtype))[0]
+
+    y, found = run(x, BACKEND)
+    truth, expected = run(x.double(), "reference")
+    assert_close(y, truth, 2e-6, "output")
+    assert_close(found, expected, 1e-5, "gradient of x")
