@@ -9,50 +9,16 @@
 
 #include "../cpu/depthwise.h"
 #include "../cpu/parallel.h"
-#include "torch_calls.h"
+#include "frequency_filter.h"
 
 namespace fastfusion {
 namespace {
 
-using torch::stable::matmul;
+using namespace frequency;
 using torch::stable::select;
-// How a transform is scaled.
-constexpr int64_t kNotScaled = 0, kByLength = 2;
-
-Tensor as_real(const Tensor& x) { return call("aten::view_as_real", "", x); }
-Tensor as_complex(const Tensor& x) { return call("aten::view_as_complex", "", x); }
-
-// The result in the dtype of `like`, and in its layout where it is an image.
-Tensor result(const Tensor& y, const Tensor& like, bool is_image) {
-  return narrow(y, like, is_image ? layout_of(like) : MemoryFormat::Contiguous);
-}
 
 bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 const void* data_of(const MaybeTensor& x) { return x ? x->data_ptr() : nullptr; }
-
-// -- steps of both forms --------------------------------------------------------------------------
-
-// mixing (2, D, C), or its transpose, times parts (B, 2, C, rows, columns), plus a bias (2, D).
-Tensor mix(const Tensor& mixing, const Tensor& parts, const MaybeTensor& bias) {
-  const int64_t pixels = parts.size(3) * parts.size(4);
-  const Tensor flat = shaped(parts, {parts.size(0), 2, parts.size(2), pixels});
-  Tensor mixed = matmul(mixing, flat);
-  if (bias) mixed = plus(mixed, shaped(*bias, {2, bias->size(1), 1}));
-  return shaped(mixed, {parts.size(0), 2, mixing.size(1), parts.size(3), parts.size(4)});
-}
-
-// The gradient of the mixing matrices: that of the mixed parts times the parts.
-Tensor mixing_gradient(const Tensor& grad_mixed, const Tensor& parts) {
-  const int64_t pixels = parts.size(3) * parts.size(4);
-  const Tensor grad = shaped(grad_mixed, {grad_mixed.size(0), 2, grad_mixed.size(2), pixels});
-  const Tensor flat = shaped(parts, {parts.size(0), 2, parts.size(2), pixels});
-  return total(matmul(grad, torch::stable::transpose(flat, 2, 3)), {0});
-}
-
-// The filters with the gain of the batch norm in them.
-Tensor with_gain(const Tensor& kernel, const MaybeTensor& gain) {
-  return gain ? times(kernel, shaped(*gain, {2, gain->size(1), 1, 1})) : kernel;
-}
 
 // -- zeros: half spectra --------------------------------------------------------------------------
 
@@ -173,21 +139,6 @@ struct Arguments {
         bias(wide(bias)) {}
 };
 
-// The gradients of the filter and of the gain from that of their product: the response without the
-// gain need not be known for it.
-struct KernelGradients {
-  Tensor kernel;
-  MaybeTensor gain;
-  KernelGradients(const Tensor& grad, const Arguments& of) : kernel(with_gain(grad, of.gain)) {
-    if (of.gain) gain = total(times(of.kernel, grad), {2, 3});
-  }
-};
-
-// The gradients of all arguments, in the operator's order: x, mixing, kernel, mixing_bias, gain,
-// bias. Those not wanted stay empty.
-using Gradients = std::array<MaybeTensor, 6>;
-enum { kX, kMixing, kKernel, kMixingBias, kGain, kBias };
-
 // Through filter and mixing to the arguments; `grad` is that of the response's parts.
 Gradients response_backward(const Tensor& grad, const Arguments& of,
                             const std::vector<bool>& mask) {
@@ -205,11 +156,7 @@ Gradients response_backward(const Tensor& grad, const Arguments& of,
    Activation::kNone, false,
    {below ? channels_of(*grad_mixed) : Image{}, of_filter ? grad_weight->data_ptr() : nullptr,
     nullptr});
-  if (of_filter) {
-    const KernelGradients gradients(*grad_weight, of);
-    found[kKernel] = gradients.kernel;
-    found[kGain] = gradients.gain;
-  }
+  if (of_filter) put_kernel(*grad_weight, of.kernel, of.gain, found);
   if (mask[kMixing]) found[kMixing] = mixing_gradient(*grad_mixed, *parts);
   if (mask[kMixingBias]) found[kMixingBias] = total(*grad_mixed, {0, 3, 4});
   if (mask[kX]) {
@@ -275,15 +222,6 @@ Tensor circular_forward(const Arguments& of) {
   return y;
 }
 
-// A gradient (D) of the real part's bias as one of both: the imaginary part's does nothing.
-Tensor of_real_part(const Tensor& grad) {
-  const Tensor both = empty_tensor(grad, {2, grad.size(0)});
-  Tensor real = select(both, 0, 0), imag = select(both, 0, 1);
-  torch::stable::copy_(real, grad);
-  torch::stable::zero_(imag);
-  return both;
-}
-
 Gradients circular_backward(const Tensor& grad, const Arguments& of,
                             const std::vector<bool>& mask) {
   Gradients found;
@@ -295,13 +233,7 @@ Gradients circular_backward(const Tensor& grad, const Arguments& of,
   FF_CALL(circular_unfold_backward)
   (is_double(grad), shape, grad.data_ptr(), mixed.data_ptr(), filters.data_ptr(),
    {data_of(of.mixing_bias), nullptr}, grad_mixed.data_ptr(), grad_filters.data_ptr());
-  const KernelGradients gradients(grad_filters, of);
-  found[kKernel] = gradients.kernel;
-  found[kGain] = gradients.gain;
-  // A constant in the spectrum is an impulse at the origin.
-  const auto origin = [](const Tensor& image) {
-    return total(select(select(image, 3, 0), 2, 0), {0});
-  };
+  put_kernel(grad_filters, of.kernel, of.gain, found);
   if (mask[kMixingBias]) found[kMixingBias] = of_real_part(origin(select(grad_mixed, 1, 0)));
   if (mask[kBias]) found[kBias] = of_real_part(origin(grad));
   if (mask[kMixing]) found[kMixing] = mixing_gradient(grad_mixed, fold(of.x, 2).parts);
@@ -334,11 +266,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequency_filter2d_ba
   const Arguments of(x, mixing, kernel, mixing_bias, gain, bias);
   const Gradients found = padding_mode.text == "zeros" ? zeros_backward(wide(grad), of, mask)
                                                        : circular_backward(wide(grad), of, mask);
-  const auto wanted = [&](int index) {
-    return mask[index] ? result(*found[index], x, index == kX) : no_gradient(x);
-  };
-  return {wanted(kX),          wanted(kMixing), wanted(kKernel),
-          wanted(kMixingBias), wanted(kGain),   wanted(kBias)};
+  const auto of_mask = [&](int index) { return wanted(found, mask, x, index); };
+  return {of_mask(kX),          of_mask(kMixing), of_mask(kKernel),
+          of_mask(kMixingBias), of_mask(kGain),   of_mask(kBias)};
 }
 
 std::tuple<Tensor, Tensor> frequency_response2d(Tensor x, Tensor mixing, Tensor kernel,
@@ -358,17 +288,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frequency_response2d_backward(
     Tensor grad_real, Tensor grad_imag, Tensor x, Tensor mixing, Tensor kernel,
     MaybeTensor mixing_bias, std::vector<bool> mask) {
   const Arguments of(x, mixing, kernel, mixing_bias, std::nullopt, std::nullopt);
-  const Tensor grad = empty_tensor(
-      of.x, {grad_real.size(0), 2, grad_real.size(1), grad_real.size(2), grad_real.size(3)});
-  Tensor real = select(grad, 1, 0), imag = select(grad, 1, 1);
-  torch::stable::copy_(real, grad_real);
-  torch::stable::copy_(imag, grad_imag);
+  const Tensor grad = joined(grad_real, grad_imag, of.x);
   const std::vector<bool> all = {mask[0], mask[1], mask[2], mask[3], false, false};
   const Gradients found = response_backward(grad, of, all);
-  const auto wanted = [&](int index) {
-    return mask[index] ? result(*found[index], x, index == kX) : no_gradient(x);
-  };
-  return {wanted(kX), wanted(kMixing), wanted(kKernel), wanted(kMixingBias)};
+  const auto of_mask = [&](int index) { return wanted(found, mask, x, index); };
+  return {of_mask(kX), of_mask(kMixing), of_mask(kKernel), of_mask(kMixingBias)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) {

@@ -2,8 +2,9 @@
 //
 // Zeros: between the vendor's transforms one kernel mixes, filters and shifts both parts of the
 // half spectrum. A block has some channels of a strip of 64 bins and walks down it, two rows at a
-// time: these are mixed from all input channels into a ring of rows in shared memory, where the
-// filter finds its neighbours; nothing but the response leaves the block.
+// time: these are mixed from all input channels, the next of which are on their way meanwhile, into
+// a ring of rows in shared memory, where the filter finds its neighbours; nothing but the response
+// leaves the block.
 //
 // Circular: no transform. A block has 64 channels by 64 pixels. It mixes the even and the odd half
 // of the input, a pixel and its mirror image, and multiplies them by the filters' windows, which
@@ -12,6 +13,7 @@
 // Backward, the middle is composed of the depthwise kernels and the vendor's matrix products.
 #include <cmath>
 
+#include "../bindings/frequency_filter.h"
 #include "launch.h"
 #include "operators.h"
 #include "product.h"
@@ -19,10 +21,9 @@
 namespace fastfusion::cuda {
 namespace {
 
+using namespace frequency;
 using torch::stable::matmul;
 using torch::stable::select;
-
-constexpr int kDepth = 16;  // input channels, or taps, that are in shared memory at a time
 
 __host__ __device__ constexpr int64_t rounded(int64_t size, int64_t to) {
   return (size + to - 1) / to * to;
@@ -34,7 +35,8 @@ constexpr int kThreads = 128;
 constexpr int kAcross = 64;             // bins of a strip, with the filter's reach on both sides
 constexpr int kLine = kAcross + 8;      // of the ring; the filter reads beyond the strip, zeros
 constexpr int kSlab = 2 * kAcross + 4;  // two rows of the strip, and 4 more: other banks
-constexpr int kRing = 12288 - kDepth * kSlab;
+constexpr int kStep = 8;                // input channels that are mixed at a time
+constexpr int kRing = 12288 - 2 * kStep * kSlab;
 constexpr int64_t kMostBins = 33;  // of a filter, that the ring holds for four channels
 
 template <typename T>
@@ -48,14 +50,14 @@ struct Plan {
   int group, groups;                                                    // channels of a block
   int band, bands, strips;                                              // rows of a block
   __host__ __device__ int width() const { return kAcross - size + 1; }  // bins of a block
-  __host__ __device__ int64_t depth() const { return rounded(inputs, kDepth); }
+  __host__ __device__ int64_t depth() const { return rounded(inputs, kStep); }
   __host__ __device__ int64_t lines() const { return rounded(outputs, 16); }
   __host__ __device__ int taps_line() const { return (size + 3) / 4 * 4; }
   __host__ __device__ int taps() const { return (size + 2) * taps_line(); }
 };
 
 struct alignas(16) ZerosRoom {
-  float slab[kDepth][kSlab];
+  float slab[2][kStep][kSlab];
   float ring[kRing];  // (rows of the ring, channels, kLine)
 };
 
@@ -94,22 +96,34 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t mix_bin = first_bin - reach + mix_column;
 
   const int steps = (static_cast<int>(band_end - first_row) + 2 * reach + 1) / 2;
+  const auto row_of = [&](int step) { return first_row - reach + 2 * step; };
+  const auto fetch = [&](int step, int k, int to_slab) {
+    const int64_t at = row_of(step) + load_row;
+    const bool seen = at >= 0 && at < plan.rows && load_bin >= 0 && load_bin < plan.bins;
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      const bool there = seen && k + i < plan.inputs;
+      const float* value = there ? from.at(image, k + i, at, load_bin) : from.data;
+      copy_async<1>(&room.slab[to_slab][i][thread], value, there ? 1 : 0);
+    }
+  };
+  fetch(0, 0, 0);
+  commit_copies();
+  int slab = 0;
   for (int step = 0; step < steps; ++step) {
-    const int64_t row = first_row - reach + 2 * step;
-    const bool seen =
-        row + load_row >= 0 && row + load_row < plan.rows && load_bin >= 0 && load_bin < plan.bins;
+    const int64_t row = row_of(step);
     float sum[4][4] = {};
-    for (int k = 0; k < plan.depth(); k += kDepth) {
-      __syncthreads();
-      // Unrolled further, this or the taps' loop would make sm_80 spill.
-#pragma unroll 4
-      for (int i = 0; i < kDepth; ++i)
-        room.slab[i][thread] =
-            seen && k + i < plan.inputs ? *from.at(image, k + i, row + load_row, load_bin) : 0.0f;
-      __syncthreads();
+    for (int k = 0; k < plan.depth(); k += kStep, slab = 1 - slab) {
+      wait_for_copies<0>();
+      __syncthreads();  // this slab is here, and nobody needs the other any more
+      if (k + kStep < plan.depth())
+        fetch(step, k + kStep, 1 - slab);
+      else if (step + 1 < steps)
+        fetch(step + 1, 0, 1 - slab);
+      commit_copies();
       if (channel < plan.group)
         add_product(Lines{mixing + k, static_cast<int>(plan.depth())}, channel,
-                    Lines{room.slab[0], kSlab}, place, kDepth, sum);
+                    Lines{room.slab[slab][0], kSlab}, place, kStep, sum);
     }
     if (channel < plan.group) {
       const int64_t mixed_row = row + mix_row;
@@ -245,6 +259,7 @@ __global__ void frequency_parts_kernel(float* spectrum, float* parts, int64_t im
 
 constexpr int kTile = 64;  // channels, and pixels, of a block
 constexpr int kTileThreads = 256;
+constexpr int kDepth = 16;  // input channels, or taps, that are in shared memory at a time
 
 struct Circle {
   int64_t batch, rows, columns;
@@ -494,15 +509,6 @@ __global__ void frequency_double_taps_kernel(const float* from, float* to, int64
 
 // -- launches ------------------------------------------------------------------------------------
 
-constexpr int64_t kNotScaled = 0, kByLength = 2;  // how torch scales a transform
-
-Tensor as_real(const Tensor& x) { return call("aten::view_as_real", "", x); }
-Tensor as_complex(const Tensor& x) { return call("aten::view_as_complex", "", x); }
-
-Tensor floats(const Tensor& x, const Sizes& shape) {
-  return torch::stable::empty(shape, ScalarType::Float, std::nullopt, x.device());
-}
-
 template <typename T>
 const T* data_of(const MaybeTensor& x) {
   return x ? data<const T>(*x) : nullptr;
@@ -528,21 +534,7 @@ struct Arguments {
   }
   int64_t outputs() const { return mixing.size(1); }
   int64_t size() const { return kernel.size(3); }
-
- private:
-  static MaybeTensor dense(const MaybeTensor& x) {
-    return x ? MaybeTensor(torch::stable::contiguous(*x)) : x;
-  }
 };
-
-// The gradients of all arguments, in the operator's order. Those not wanted stay empty.
-using Gradients = std::array<MaybeTensor, 6>;
-enum { kX, kMixing, kKernel, kMixingBias, kGain, kBias };
-
-// The result in the dtype of `like`, and in its layout where it is an image.
-Tensor result(const Tensor& y, const Tensor& like, bool is_image) {
-  return fastfusion::narrow(y, like, is_image ? layout_of(like) : MemoryFormat::Contiguous);
-}
 
 // The half spectrum (B, C, H, W//2+1, 2).
 Tensor spectrum_of(const Tensor& x) {
@@ -575,34 +567,10 @@ Tensor parts_of(const Stream& stream, const Tensor& x, double edge, double inner
   return parts;
 }
 
-// mixing (2, D, C), or its transpose, times parts (B, 2, C, rows, columns), plus a bias (2, D).
-Tensor mix(const Tensor& mixing, const Tensor& parts, const MaybeTensor& bias) {
-  const int64_t pixels = parts.size(3) * parts.size(4);
-  Tensor mixed = matmul(mixing, shaped(parts, {parts.size(0), 2, parts.size(2), pixels}));
-  if (bias) mixed = plus(mixed, shaped(*bias, {2, bias->size(1), 1}));
-  return shaped(mixed, {parts.size(0), 2, mixing.size(1), parts.size(3), parts.size(4)});
-}
-
-// The gradient of the mixing matrices: that of the mixed parts times the parts.
-Tensor mixing_gradient(const Tensor& grad_mixed, const Tensor& parts) {
-  const int64_t pixels = grad_mixed.size(3) * grad_mixed.size(4);
-  const Tensor grad = shaped(grad_mixed, {grad_mixed.size(0), 2, grad_mixed.size(2), pixels});
-  const Tensor flat = shaped(parts, {parts.size(0), parts.size(1), parts.size(2), pixels});
-  return total(matmul(grad, torch::stable::transpose(flat, 2, 3)), {0});
-}
-
 // The filters with the gain in them, (2 D, 1, m, m).
 Tensor filters_of(const Arguments& of) {
-  const Tensor folded =
-      of.gain ? times(of.kernel, shaped(*of.gain, {2, of.outputs(), 1, 1})) : of.kernel;
-  return torch::stable::contiguous(shaped(folded, {2 * of.outputs(), 1, of.size(), of.size()}));
-}
-
-// The gradients of the filter and of the gain from that of their product.
-void put_kernel(const Tensor& grad_filters, const Arguments& of, Gradients& found) {
-  const Tensor grad = shaped(grad_filters, shape_of(of.kernel));
-  found[kKernel] = of.gain ? times(grad, shaped(*of.gain, {2, of.outputs(), 1, 1})) : grad;
-  if (of.gain) found[kGain] = total(times(of.kernel, grad), {2, 3});
+  return torch::stable::contiguous(
+      shaped(with_gain(of.kernel, of.gain), {2 * of.outputs(), 1, of.size(), of.size()}));
 }
 
 // Parts (B, 2, C, H, K) as images of 2 C channels.
@@ -666,7 +634,7 @@ Gradients response_backward(const Stream& stream, const Tensor& grad, const Argu
   const auto made = run<3>("fastfusion_cuda::depthwise_conv2d_backward", channels_of(grad),
                            channels_of(mixed), filters_of(of), MaybeTensor(), one, one, none,
                            flags(std::array<bool, 3>{below, of_filter, false}));
-  if (of_filter) put_kernel(made[1], of, found);
+  if (of_filter) put_kernel(shaped(made[1], shape_of(of.kernel)), of.kernel, of.gain, found);
   if (mask[kBias]) found[kBias] = total(grad, {0, 3, 4});
   if (!below) return found;
   const Tensor grad_mixed = shaped(made[0], shape_of(grad));
@@ -746,15 +714,6 @@ Tensor circular_forward(const Stream& stream, const Arguments& of) {
   return y;
 }
 
-// A gradient (D) of the real part's bias as one of both: the imaginary part's does nothing.
-Tensor of_real_part(const Tensor& grad) {
-  const Tensor both = floats(grad, {2, grad.size(0)});
-  Tensor real = select(both, 0, 0), imag = select(both, 0, 1);
-  torch::stable::copy_(real, grad);
-  torch::stable::zero_(imag);
-  return both;
-}
-
 Gradients circular_backward(const Stream& stream, const Tensor& grad, const Arguments& of,
                             const std::vector<bool>& mask) {
   Gradients found;
@@ -790,12 +749,8 @@ Gradients circular_backward(const Stream& stream, const Tensor& grad, const Argu
     launch(stream, divided(grad_filters.numel(), kThreads), dim3(kThreads),
            frequency_double_taps_kernel, data<const float>(torch::stable::contiguous(of_half)),
            data<float>(grad_filters), 2 * outputs, static_cast<int>(taps));
-    put_kernel(grad_filters, of, found);
+    put_kernel(shaped(grad_filters, shape_of(of.kernel)), of.kernel, of.gain, found);
   }
-  // A constant in the spectrum is an impulse at the origin.
-  const auto origin = [](const Tensor& image) {
-    return total(select(select(image, 3, 0), 2, 0), {0});
-  };
   if (mask[kBias]) found[kBias] = of_real_part(origin(grad));
   if (mask[kMixingBias]) found[kMixingBias] = of_real_part(origin(select(*of_mixed, 1, 0)));
   if (mask[kMixing]) found[kMixing] = mixing_gradient(*of_mixed, x);
@@ -825,11 +780,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequency_filter2d_ba
   const Gradients found = padding_mode.text == "circular"
                               ? circular_backward(stream, upstream, of, mask)
                               : zeros_backward(stream, upstream, of, mask);
-  const auto wanted = [&](int index) {
-    return mask[index] ? result(*found[index], x, index == kX) : no_gradient(x);
-  };
-  return {wanted(kX),          wanted(kMixing), wanted(kKernel),
-          wanted(kMixingBias), wanted(kGain),   wanted(kBias)};
+  const auto of_mask = [&](int index) { return wanted(found, mask, x, index); };
+  return {of_mask(kX),          of_mask(kMixing), of_mask(kKernel),
+          of_mask(kMixingBias), of_mask(kGain),   of_mask(kBias)};
 }
 
 std::tuple<Tensor, Tensor> frequency_response2d(Tensor x, Tensor mixing, Tensor kernel,
@@ -851,17 +804,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frequency_response2d_backward(
   const Stream stream(x);
   const Arguments of =
       Arguments(x, mixing, kernel, mixing_bias, std::nullopt, std::nullopt).in_float();
-  const Tensor grad =
-      floats(x, {grad_real.size(0), 2, grad_real.size(1), grad_real.size(2), grad_real.size(3)});
-  Tensor real = select(grad, 1, 0), imag = select(grad, 1, 1);
-  torch::stable::copy_(real, grad_real);
-  torch::stable::copy_(imag, grad_imag);
+  const Tensor grad = joined(grad_real, grad_imag, of.x);
   const std::vector<bool> all = {mask[0], mask[1], mask[2], mask[3], false, false};
   const Gradients found = response_backward(stream, grad, of, all);
-  const auto wanted = [&](int index) {
-    return mask[index] ? result(*found[index], x, index == kX) : no_gradient(x);
-  };
-  return {wanted(kX), wanted(kMixing), wanted(kKernel), wanted(kMixingBias)};
+  const auto of_mask = [&](int index) { return wanted(found, mask, x, index); };
+  return {of_mask(kX), of_mask(kMixing), of_mask(kKernel), of_mask(kMixingBias)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) {

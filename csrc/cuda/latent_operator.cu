@@ -13,6 +13,7 @@
 //   float. Each block adds up the parameters' gradients of its tiles in memory of its own.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "../bindings/torch_calls.h"
 #include "product.h"
@@ -68,6 +69,34 @@ template <int FLOATS>
 struct alignas(16) Room {
   float value[FLOATS];
   int image[kPixels], row[kPixels], column[kPixels];  // row -1: not in the image
+};
+
+// Where a product's 4x4 results go: lines of a matrix in memory, which they replace or, unless
+// these are fresh, add to.
+struct Stored {
+  float* to;
+  int stride;
+
+  __device__ void operator()(int row, int column, const float (&sum)[4][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store(to + (row + i) * stride + column, sum[i]);
+  }
+};
+struct Added {
+  float* to;
+  int stride;
+  bool fresh = false;
+
+  __device__ void operator()(int row, int column, const float (&sum)[4][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float now[4] = {};
+      if (!fresh) load(to + (row + i) * stride + column, now);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) now[k] += sum[i][k];
+      store(to + (row + i) * stride + column, now);
+    }
+  }
 };
 
 struct Tile {
@@ -130,11 +159,26 @@ struct Tile {
   __device__ float at(const View<T>& x, int channel, int p) const {
     return row[p] < 0 ? 0.0f : widen(*x.at(image[p], channel, row[p], column[p]));
   }
+  // Pixels are there, for all, after arrive(). In float32 they are copied past the registers, all
+  // of a thread's at once; half precision must be widened on the way.
   template <typename T>
   __device__ void read(const View<const T>& x, int first, int channels, int lines,
                        float* to) const {
-    each(lines,
-         [&](int c, int p) { to[c * stride + p] = c < channels ? at(x, first + c, p) : 0.0f; });
+    each(lines, [&](int c, int p) {
+      float* place = to + c * stride + p;
+      if constexpr (std::is_same_v<T, float>) {
+        const bool there = c < channels && row[p] >= 0;
+        const float* from = there ? x.at(image[p], first + c, row[p], column[p]) : x.data;
+        copy_async<1>(place, from, there ? 1 : 0);
+      } else {
+        *place = c < channels ? at(x, first + c, p) : 0.0f;
+      }
+    });
+    commit_copies();
+  }
+  __device__ void arrive() const {
+    wait_for_copies<0>();
+    __syncthreads();
   }
   template <typename T>
   __device__ void put(const View<T>& y, int channel, int p, float value) const {
@@ -145,11 +189,7 @@ struct Tile {
   __device__ void project(const float* weights, int rows, const float* pixels, float* to) const {
     product(
         rows, places, size.lines(), [&](int) { return Lines{weights, size.lines()}; },
-        Lines{pixels, stride},
-        [&](int row, int column, const float (&sum)[4][4]) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) store(to + (row + i) * stride + column, sum[i]);
-        });
+        Lines{pixels, stride}, Stored{to, stride});
   }
 
   // A head's tokens (patch, token, channel of the head) from (patch, T, C), padded with 0.
@@ -169,11 +209,7 @@ struct Tile {
     product(
         many, places, wide,
         [&](int column) { return Lines{tokens + column / cut.slots * many * wide, wide}; },
-        Lines{from, stride},
-        [&](int row, int column, const float (&sum)[4][4]) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) store(to + (row + i) * stride + column, sum[i]);
-        });
+        Lines{from, stride}, Stored{to, stride});
   }
   // And the other way.
   __device__ void to_channels(const float* tokens, const float* from, float* to) const {
@@ -181,11 +217,7 @@ struct Tile {
     product(
         wide, places, many,
         [&](int column) { return Turned{tokens + column / cut.slots * many * wide, wide}; },
-        Lines{from, stride},
-        [&](int row, int column, const float (&sum)[4][4]) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) store(to + (row + i) * stride + column, sum[i]);
-        });
+        Lines{from, stride}, Stored{to, stride});
   }
 };
 
@@ -374,7 +406,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FLOATS>)
   tile.locate(static_cast<int64_t>(blockIdx.x) * cut.together, 0, cut.pixels, pixels);
   tile.read(x, 0, size.channels, size.channels, pixels);
   for (int i = threadIdx.x; i < cut.together * many * wide; i += kThreads) tokens[i] = 0;
-  __syncthreads();
+  tile.arrive();
   for (int head = 0; head < size.heads; ++head) {
     tile.project(weights + static_cast<int64_t>(head) * rows * size.lines(), rows, pixels, scores);
     __syncthreads();
@@ -413,7 +445,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FLOATS>)
   for (int64_t start = begin; start < end; start += cut.slots) {
     tile.locate(first_patch, start, end, pixels);
     tile.read(x, 0, size.channels, size.channels, pixels);
-    __syncthreads();
+    tile.arrive();
     const bool fresh = start == begin, done = start + cut.slots >= end;
     for (int head = 0; head < size.heads; ++head) {
       tile.project(weights + head * head_stride, rows, pixels, scores);
@@ -505,7 +537,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FLOATS>)
   for (int64_t start = begin; start < end; start += cut.slots) {
     tile.locate(first_patch, start, end, pixels);
     tile.read(x, 0, size.channels, size.channels, pixels);
-    __syncthreads();
+    tile.arrive();
     for (int head = 0; head < size.heads; ++head) {
       tile.read_tokens(latents, first_patch, head, tokens);
       tile.project(weights + head * head_stride, size.wide(), pixels, queries);
@@ -525,30 +557,10 @@ __device__ void spread(const Tile& tile, const float* flows, int rows, const flo
   const int lines = tile.size.lines(), stride = tile.stride;
   product(
       rows, lines, tile.places, [&](int) { return Lines{flows, stride}; }, Turned{pixels, stride},
-      [&](int row, int column, const float (&sum)[4][4]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float* to = sums + (row + i) * lines + column;
-          float now[4] = {};
-          if (!first) load(to, now);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) now[k] += sum[i][k];
-          store(to, now);
-        }
-      });
+      Added{sums, lines, first});
   product(
       lines, tile.places, rows, [&](int) { return Turned{weights, lines}; }, Lines{flows, stride},
-      [&](int row, int column, const float (&sum)[4][4]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float* to = of_pixels + (row + i) * stride + column;
-          float now[4];
-          load(to, now);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) now[k] += sum[i][k];
-          store(to, now);
-        }
-      });
+      Added{of_pixels, stride});
 }
 
 __device__ void clear(float* from, int count) {
@@ -582,13 +594,13 @@ __global__ void __launch_bounds__(kThreads)
       tile.locate(first_patch, start, end, pixels);
       tile.read(x, 0, size.channels, size.channels, pixels);
       clear(of_pixels, lines * stride);
-      __syncthreads();
+      tile.arrive();
       for (int head = 0; head < size.heads; ++head) {
         const float* of_head = weights + head * head_stride;
         tile.read_tokens(latents, first_patch, head, tokens);
         tile.read(grad, head * size.width, size.width, wide, upstream);
         tile.project(of_head, wide, pixels, queries);
-        __syncthreads();
+        tile.arrive();
         tile.by_tokens(tokens, queries, attention);
         tile.by_tokens(tokens, upstream, slopes);
         __syncthreads();
@@ -665,7 +677,7 @@ __global__ void __launch_bounds__(kThreads)
       tile.locate(first_patch, start, end, pixels);
       tile.read(x, 0, size.channels, size.channels, pixels);
       clear(of_pixels, lines * stride);
-      __syncthreads();
+      tile.arrive();
       for (int head = 0; head < size.heads; ++head) {
         const float* of_head = weights + head * head_stride;
         tile.read_tokens(grad, first_patch, head, flows);
@@ -872,14 +884,6 @@ __global__ void latent_series_bwd_kernel(const float* sums, T* sine, T* cosine, 
 }
 
 // -- launches ------------------------------------------------------------------------------------
-
-Tensor floats(const Tensor& x, const std::vector<int64_t>& shape) {
-  return torch::stable::empty(shape, ScalarType::Float, std::nullopt, x.device());
-}
-
-MaybeTensor dense(const MaybeTensor& x) {
-  return x ? MaybeTensor(torch::stable::contiguous(*x)) : x;
-}
 
 struct Needs {  // of a tile: floats for each pixel and for each patch
   int64_t of_pixel, of_patch;

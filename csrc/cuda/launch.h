@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../bindings/tensors.h"
+#include "../bindings/torch_calls.h"
 #include "device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -63,6 +63,15 @@ View<T> view(const Tensor& x) {
 template <typename T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
+}
+
+// A new tensor of float beside `x`, whatever is in it.
+inline Tensor floats(const Tensor& x, const std::vector<int64_t>& shape) {
+  return torch::stable::empty(shape, ScalarType::Float, std::nullopt, x.device());
+}
+
+inline MaybeTensor dense(const MaybeTensor& x) {
+  return x ? MaybeTensor(torch::stable::contiguous(*x)) : x;
 }
 
 // Call `f` with a value of the C++ type of the tensor's dtype (the value itself means nothing).
