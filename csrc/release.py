@@ -22,7 +22,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from build import LIBRARY
+from build import LIBRARY, find_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -66,7 +66,7 @@ def make(out: Path) -> Path:
         raw = Path(folder) / "raw"
         pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v"]
         wishes = {"FASTFUSION_CPP": "1", "FASTFUSION_PORTABLE": "1"}
-        if shutil.which("nvcc") is not None:  # asked for, as torch here may be one without CUDA
+        if find_nvcc() is not None:  # asked for, as torch here may be one without CUDA
             wishes["FASTFUSION_CUDA"] = os.environ.get("FASTFUSION_CUDA", "1")
         run(*pip, "-w", raw, ROOT, **wishes)
         (linux,) = raw.glob("*.whl")
