@@ -21,6 +21,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 #: Bytes of static shared memory that a block may have (CUDA C++ Programming Guide).
 SHARED = 48 << 10
+#: Registers of a thread: with more, a multiprocessor's 65536 would not do for 12 warps.
+REGISTERS = 168
 
 
 @functools.cache
@@ -47,6 +49,8 @@ class Figures:
         found = []
         if self.shared > SHARED:
             found.append(f"{self.shared} bytes of shared memory")
+        if self.registers > REGISTERS:
+            found.append(f"{self.registers} registers")
         if self.spilled:
             found.append(f"{self.spilled} bytes spilled")
         return found
@@ -111,8 +115,8 @@ def section() -> list[str]:
         "Written by `make kernels` too, with nvcc and without a GPU, warnings as errors. A kernel",
         "has an instance for each element type, layout and size that it is a template over. Each",
         "cell is `the fewest to the most registers of a thread / bytes of shared memory of a",
-        "block`, over all of them; a third figure, in bold, would be bytes spilled, which the",
-        "tests refuse.",
+        "block`, over all of them; a third figure, in bold, would be bytes spilled. The tests",
+        f"refuse spills, more than {REGISTERS} registers and more than {SHARED} bytes.",
         "",
     ]
     if _build_script().find_nvcc() is None:

@@ -54,7 +54,7 @@ def test_the_cuda_of_a_torch_is_read_without_importing_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize("architecture", gate.ARCHITECTURES if EVERYWHERE else ["sm_90"])
 @pytest.mark.parametrize("source", gate.SOURCES, ids=lambda path: path.stem)
 def test_every_cuda_kernel_compiles(source: Path, architecture: str) -> None:
-    """Without a warning, a spill, or more shared memory than a block has."""
+    """Without a warning, a spill, too many registers, or more shared memory than a block has."""
     figures = gate.figures(source, architecture)
     assert figures
     problems = [f"{row}: {problem}" for row in figures for problem in row.problems()]
@@ -70,5 +70,5 @@ ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack s
 """
     (row,) = gate.parsed(text, "sm_90")
     assert (row.kernel, row.registers, row.spilled, row.shared) == ("cubes", 255, 12, 2304)
-    assert row.problems() == ["12 bytes spilled"]
+    assert row.problems() == ["255 registers", "12 bytes spilled"]
     assert gate.Figures("k", "sm_90", 40, 0, 60_000).problems() == ["60000 bytes of shared memory"]
