@@ -1,6 +1,7 @@
 // SpeCAM's spectral coordinate mixing: tensors in, tensors out.
 #include "../cpu/coordinate_mixing.h"
 
+#include "schemas.h"
 #include "tensors.h"
 
 namespace fastfusion {
@@ -39,12 +40,7 @@ std::tuple<Tensor, Tensor> coordinate_mixing_backward(Tensor grad, Tensor candid
   return {grad_candidates, grad_state};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) {
-  m.def("coordinate_mixing(Tensor candidates, Tensor state, int k) -> Tensor");
-  m.def(
-      "coordinate_mixing_backward(Tensor grad_0, Tensor candidates, Tensor state, int k,"
-      " bool[] mask) -> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) { define_coordinate_mixing(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cpu, CPU, m) {
   m.impl("coordinate_mixing", TORCH_BOX(&coordinate_mixing));

@@ -6,6 +6,7 @@
 #include "../cpu/large_kernel_attention.h"
 #include "../cpu/multiscale_attention.h"
 
+#include "schemas.h"
 #include "tensors.h"
 
 namespace fastfusion {
@@ -181,28 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention_backward(Tensor grad, Te
   return {grad_x, grad_weight, grad_bias};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) {
-  m.def(
-      "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int dilation_rows, "
-      "int dilation_columns, str activation) -> Tensor");
-  m.def(
-      "depthwise_conv2d_backward(Tensor grad_0, Tensor x, Tensor weight, Tensor? bias, "
-      "int dilation_rows, int dilation_columns, str activation, bool[] mask) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "large_kernel_attention(Tensor x, Tensor local_weight, Tensor? local_bias, "
-      "Tensor context_weight, Tensor? context_bias, Tensor mix_weight, Tensor? mix_bias, "
-      "int dilation_rows, int dilation_columns) -> Tensor");
-  m.def(
-      "large_kernel_attention_backward(Tensor grad_0, Tensor x, Tensor local_weight, "
-      "Tensor? local_bias, Tensor context_weight, Tensor? context_bias, Tensor mix_weight, "
-      "Tensor? mix_bias, int dilation_rows, int dilation_columns, bool[] mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("multiscale_attention(Tensor x, Tensor weight, Tensor bias, int[] sizes) -> Tensor");
-  m.def(
-      "multiscale_attention_backward(Tensor grad_0, Tensor x, Tensor weight, Tensor bias, "
-      "int[] sizes, bool[] mask) -> (Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) { define_depthwise(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cpu, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));

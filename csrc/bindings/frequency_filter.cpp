@@ -10,6 +10,7 @@
 #include "../cpu/depthwise.h"
 #include "../cpu/parallel.h"
 #include "frequency_filter.h"
+#include "schemas.h"
 
 namespace fastfusion {
 namespace {
@@ -295,27 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frequency_response2d_backward(
   return {of_mask(kX), of_mask(kMixing), of_mask(kKernel), of_mask(kMixingBias)};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) {
-  m.def(
-      "frequency_filter2d(Tensor x, Tensor mixing, Tensor kernel, Tensor? "
-      "mixing_bias,"
-      " Tensor? gain, Tensor? bias, str padding_mode) -> Tensor");
-  m.def(
-      "frequency_filter2d_backward(Tensor grad_0, Tensor x, Tensor mixing, "
-      "Tensor kernel,"
-      " Tensor? mixing_bias, Tensor? gain, Tensor? bias, str padding_mode, "
-      "bool[] mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "frequency_response2d(Tensor x, Tensor mixing, Tensor kernel, Tensor? "
-      "mixing_bias)"
-      " -> (Tensor, Tensor)");
-  m.def(
-      "frequency_response2d_backward(Tensor grad_0, Tensor grad_1, Tensor x, "
-      "Tensor mixing,"
-      " Tensor kernel, Tensor? mixing_bias, bool[] mask) -> (Tensor, Tensor, "
-      "Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) { define_frequency_filter(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cpu, CPU, m) {
   m.impl("frequency_filter2d", TORCH_BOX(&frequency_filter2d));

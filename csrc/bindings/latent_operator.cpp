@@ -1,6 +1,7 @@
 // The latent operators: tensors in, tensors out.
 #include "../cpu/latent_operator.h"
 
+#include "schemas.h"
 #include "tensors.h"
 
 namespace fastfusion {
@@ -288,58 +289,7 @@ latent_operator_backward(Tensor grad, Tensor x, Tensor prompts, Tensor key_weigh
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10]};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) {
-  m.def(
-      "latent_encode(Tensor x, Tensor prompts, Tensor key_weight, Tensor "
-      "key_bias, "
-      "Tensor value_weight, Tensor value_bias, int patch_rows, int "
-      "patch_columns) -> Tensor");
-  m.def(
-      "latent_encode_backward(Tensor grad_0, Tensor x, Tensor prompts, "
-      "Tensor key_weight, "
-      "Tensor key_bias, Tensor value_weight, Tensor value_bias, int "
-      "patch_rows, "
-      "int patch_columns, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor)");
-  m.def(
-      "trigonometric_solve(Tensor latents, Tensor sine, Tensor cosine, "
-      "Tensor? offset, "
-      "float fundamental, bool squash) -> Tensor");
-  m.def(
-      "trigonometric_solve_backward(Tensor grad_0, Tensor latents, Tensor "
-      "sine, Tensor cosine, "
-      "Tensor? offset, float fundamental, bool squash, bool[] mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "latent_decode(Tensor x, Tensor latents, Tensor query_weight, Tensor "
-      "query_bias, int heads, "
-      "int patch_rows, int patch_columns) -> Tensor");
-  m.def(
-      "latent_decode_backward(Tensor grad_0, Tensor x, Tensor latents, "
-      "Tensor query_weight, "
-      "Tensor query_bias, int heads, int patch_rows, int patch_columns, "
-      "bool[] mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "latent_operator(Tensor x, Tensor prompts, Tensor key_weight, Tensor "
-      "key_bias, "
-      "Tensor value_weight, Tensor value_bias, Tensor query_weight, Tensor "
-      "query_bias, "
-      "Tensor sine, Tensor cosine, Tensor? offset, int patch_rows, int "
-      "patch_columns, "
-      "float fundamental, bool squash) -> Tensor");
-  m.def(
-      "latent_operator_backward(Tensor grad_0, Tensor x, Tensor prompts, "
-      "Tensor key_weight, "
-      "Tensor key_bias, Tensor value_weight, Tensor value_bias, Tensor "
-      "query_weight, "
-      "Tensor query_bias, Tensor sine, Tensor cosine, Tensor? offset, int "
-      "patch_rows, "
-      "int patch_columns, float fundamental, bool squash, bool[] mask) -> "
-      "(Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) { define_latent_operator(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cpu, CPU, m) {
   m.impl("latent_encode", TORCH_BOX(&latent_encode));

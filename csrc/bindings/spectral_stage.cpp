@@ -2,6 +2,7 @@
 #include "../cpu/spectral_stage.h"
 #include "../cpu/depthwise.h"
 #include "../cpu/haar.h"
+#include "schemas.h"
 #include "torch_calls.h"
 
 namespace fastfusion {
@@ -140,22 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spectral_mix_
   return {found[0], found[1], found[2], found[3], found[4], found[5], found[6]};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) {
-  m.def(
-      "spectral_maxima(Tensor x, Tensor low_weight, Tensor? low_bias, Tensor high_weight,"
-      " Tensor? high_bias) -> Tensor");
-  m.def(
-      "spectral_maxima_backward(Tensor grad_0, Tensor x, Tensor low_weight, Tensor? low_bias,"
-      " Tensor high_weight, Tensor? high_bias, bool[] mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "spectral_mix(Tensor x, Tensor low_weight, Tensor? low_bias, Tensor high_weight,"
-      " Tensor? high_bias, Tensor low_gate, Tensor high_gate) -> Tensor");
-  m.def(
-      "spectral_mix_backward(Tensor grad_0, Tensor x, Tensor low_weight, Tensor? low_bias,"
-      " Tensor high_weight, Tensor? high_bias, Tensor low_gate, Tensor high_gate, bool[] mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cpu, m) { define_spectral_stage(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cpu, CPU, m) {
   m.impl("spectral_maxima", TORCH_BOX(&spectral_maxima));

@@ -4,6 +4,7 @@
 // sums in double as the contract says), the selection (a column is kept when fewer than k go before
 // it), and the sweep (a warp a channel, from the right, 32 columns at a time, ended by the first
 // find). No program waits for another, and the sums have one order.
+#include "../bindings/schemas.h"
 #include "launch.h"
 
 namespace fastfusion::cuda {
@@ -196,12 +197,7 @@ std::tuple<Tensor, Tensor> coordinate_mixing_backward(Tensor grad, Tensor candid
   return {grad_candidates, grad_state};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) {
-  m.def("coordinate_mixing(Tensor candidates, Tensor state, int k) -> Tensor");
-  m.def(
-      "coordinate_mixing_backward(Tensor grad_0, Tensor candidates, Tensor state, int k,"
-      " bool[] mask) -> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) { define_coordinate_mixing(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cuda, CompositeExplicitAutograd, m) {
   m.impl("coordinate_mixing", TORCH_BOX(&coordinate_mixing));

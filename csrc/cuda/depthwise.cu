@@ -12,6 +12,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../bindings/schemas.h"
 #include "../bindings/torch_calls.h"
 #include "correlate.h"
 
@@ -747,28 +748,7 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention_backward(Tensor grad, Te
   return {found.tensors[0], found.tensors[1], found.tensors[2]};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) {
-  m.def(
-      "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int dilation_rows, "
-      "int dilation_columns, str activation) -> Tensor");
-  m.def(
-      "depthwise_conv2d_backward(Tensor grad_0, Tensor x, Tensor weight, Tensor? bias, "
-      "int dilation_rows, int dilation_columns, str activation, bool[] mask) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "large_kernel_attention(Tensor x, Tensor local_weight, Tensor? local_bias, "
-      "Tensor context_weight, Tensor? context_bias, Tensor mix_weight, Tensor? mix_bias, "
-      "int dilation_rows, int dilation_columns) -> Tensor");
-  m.def(
-      "large_kernel_attention_backward(Tensor grad_0, Tensor x, Tensor local_weight, "
-      "Tensor? local_bias, Tensor context_weight, Tensor? context_bias, Tensor mix_weight, "
-      "Tensor? mix_bias, int dilation_rows, int dilation_columns, bool[] mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("multiscale_attention(Tensor x, Tensor weight, Tensor bias, int[] sizes) -> Tensor");
-  m.def(
-      "multiscale_attention_backward(Tensor grad_0, Tensor x, Tensor weight, Tensor bias, "
-      "int[] sizes, bool[] mask) -> (Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) { define_depthwise(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cuda, CompositeExplicitAutograd, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));

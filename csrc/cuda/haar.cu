@@ -6,6 +6,7 @@
 // once; nothing is shared between threads.
 #include <algorithm>
 
+#include "../bindings/schemas.h"
 #include "launch.h"
 #include "tile.h"
 
@@ -338,18 +339,7 @@ Tensor haar_split2d_backward(Tensor grad_low, Tensor grad_high, Tensor x, std::v
   return grad_x;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) {
-  m.def("haar_dwt2d(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "haar_dwt2d_backward(Tensor grad_0, Tensor grad_1, Tensor grad_2, Tensor grad_3, Tensor x,"
-      " bool[] mask) -> Tensor");
-  m.def("haar_idwt2d(Tensor ll, Tensor lh, Tensor hl, Tensor hh, int rows, int columns) -> Tensor");
-  m.def(
-      "haar_idwt2d_backward(Tensor grad_0, Tensor ll, Tensor lh, Tensor hl, Tensor hh, int rows,"
-      " int columns, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("haar_split2d(Tensor x) -> (Tensor, Tensor)");
-  m.def("haar_split2d_backward(Tensor grad_0, Tensor grad_1, Tensor x, bool[] mask) -> Tensor");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) { define_haar(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cuda, CompositeExplicitAutograd, m) {
   m.impl("haar_dwt2d", TORCH_BOX(&haar_dwt2d));

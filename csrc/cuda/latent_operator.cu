@@ -15,6 +15,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../bindings/schemas.h"
 #include "../bindings/torch_calls.h"
 #include "product.h"
 #include "trigonometric.h"
@@ -47,6 +48,11 @@ struct Sizes {
   __host__ __device__ int many() const { return (tokens + 3) / 4 * 4; }
 };
 
+// What a block has at a time: patches together, or a chunk of one patch's pixels.
+struct Unit {
+  int64_t first_patch, chunk, begin, end;
+};
+
 // How images are cut in patches, and these in tiles.
 struct Cut {
   int64_t rows, columns, patch_rows, patch_columns, across, down;
@@ -55,6 +61,11 @@ struct Cut {
   int64_t units;            // chunks of a patch, or tiles of small patches
   int slots, together;      // pixels of a patch in a tile, patches in a tile
 
+  __device__ Unit unit(int64_t index) const {
+    const int64_t begin = index % chunks * chunk;
+    const int64_t end = begin + chunk < pixels ? begin + chunk : pixels;
+    return {index / chunks * together, index % chunks, begin, end};
+  }
   __host__ __device__ int places() const { return slots * together; }
   __host__ __device__ int stride() const { return places() + 4; }  // 4 more: other banks
 };
@@ -175,6 +186,13 @@ struct Tile {
       }
     });
     commit_copies();
+  }
+  // A tile of the image: all channels of the pixels from `start` to `end` of some patches.
+  template <typename T>
+  __device__ void fetch(const View<const T>& x, int64_t first_patch, int64_t start, int64_t end,
+                        float* pixels) const {
+    locate(first_patch, start, end, pixels);
+    read(x, 0, size.channels, size.channels, pixels);
   }
   __device__ void arrive() const {
     wait_for_copies<0>();
@@ -403,8 +421,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FLOATS>)
   float* totals = tile.take(cut.together * size.tokens);
   const float* ones = pixels + size.channels * tile.stride;
 
-  tile.locate(static_cast<int64_t>(blockIdx.x) * cut.together, 0, cut.pixels, pixels);
-  tile.read(x, 0, size.channels, size.channels, pixels);
+  tile.fetch(x, static_cast<int64_t>(blockIdx.x) * cut.together, 0, cut.pixels, pixels);
   for (int i = threadIdx.x; i < cut.together * many * wide; i += kThreads) tokens[i] = 0;
   tile.arrive();
   for (int head = 0; head < size.heads; ++head) {
@@ -437,14 +454,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FLOATS>)
   float* totals = tile.take(cut.together * size.tokens);
   const float* ones = pixels + size.channels * tile.stride;
 
-  const int64_t chunk = blockIdx.x % cut.chunks;
-  const int64_t first_patch = blockIdx.x / cut.chunks * cut.together;
-  const int64_t begin = chunk * cut.chunk;
-  const int64_t end = begin + cut.chunk < cut.pixels ? begin + cut.chunk : cut.pixels;
+  const auto [first_patch, chunk, begin, end] = cut.unit(blockIdx.x);
   const int64_t peak_stride = cut.chunks * size.heads * size.tokens;
   for (int64_t start = begin; start < end; start += cut.slots) {
-    tile.locate(first_patch, start, end, pixels);
-    tile.read(x, 0, size.channels, size.channels, pixels);
+    tile.fetch(x, first_patch, start, end, pixels);
     tile.arrive();
     const bool fresh = start == begin, done = start + cut.slots >= end;
     for (int head = 0; head < size.heads; ++head) {
@@ -531,12 +544,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FLOATS>)
   float* queries = tile.take(size.wide() * tile.stride);
   float* tokens = tile.take(cut.together * size.many() * size.wide());
 
-  const int64_t first_patch = blockIdx.x / cut.chunks * cut.together;
-  const int64_t begin = blockIdx.x % cut.chunks * cut.chunk;
-  const int64_t end = begin + cut.chunk < cut.pixels ? begin + cut.chunk : cut.pixels;
+  const auto [first_patch, chunk, begin, end] = cut.unit(blockIdx.x);
   for (int64_t start = begin; start < end; start += cut.slots) {
-    tile.locate(first_patch, start, end, pixels);
-    tile.read(x, 0, size.channels, size.channels, pixels);
+    tile.fetch(x, first_patch, start, end, pixels);
     tile.arrive();
     for (int head = 0; head < size.heads; ++head) {
       tile.read_tokens(latents, first_patch, head, tokens);
@@ -587,12 +597,9 @@ __global__ void __launch_bounds__(kThreads)
   bool first = true;
   sums += static_cast<int64_t>(blockIdx.x) * size.heads * wide * lines;
   for (int64_t unit = blockIdx.x; unit < cut.units; unit += gridDim.x) {
-    const int64_t first_patch = unit / cut.chunks * cut.together, chunk = unit % cut.chunks;
-    const int64_t begin = chunk * cut.chunk;
-    const int64_t end = begin + cut.chunk < cut.pixels ? begin + cut.chunk : cut.pixels;
+    const auto [first_patch, chunk, begin, end] = cut.unit(unit);
     for (int64_t start = begin; start < end; start += cut.slots) {
-      tile.locate(first_patch, start, end, pixels);
-      tile.read(x, 0, size.channels, size.channels, pixels);
+      tile.fetch(x, first_patch, start, end, pixels);
       clear(of_pixels, lines * stride);
       tile.arrive();
       for (int head = 0; head < size.heads; ++head) {
@@ -670,12 +677,9 @@ __global__ void __launch_bounds__(kThreads)
   token_sums += static_cast<int64_t>(blockIdx.x) * size.tokens * size.channels;
   clear(token_sums, size.tokens * size.channels);
   for (int64_t unit = blockIdx.x; unit < cut.units; unit += gridDim.x) {
-    const int64_t first_patch = unit / cut.chunks * cut.together;
-    const int64_t begin = unit % cut.chunks * cut.chunk;
-    const int64_t end = begin + cut.chunk < cut.pixels ? begin + cut.chunk : cut.pixels;
+    const auto [first_patch, chunk, begin, end] = cut.unit(unit);
     for (int64_t start = begin; start < end; start += cut.slots) {
-      tile.locate(first_patch, start, end, pixels);
-      tile.read(x, 0, size.channels, size.channels, pixels);
+      tile.fetch(x, first_patch, start, end, pixels);
       clear(of_pixels, lines * stride);
       tile.arrive();
       for (int head = 0; head < size.heads; ++head) {
@@ -1376,41 +1380,7 @@ ElevenTensors latent_operator_backward(Tensor grad, Tensor x, Tensor prompts, Te
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10]};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) {
-  m.def(
-      "latent_encode(Tensor x, Tensor prompts, Tensor key_weight, Tensor key_bias,"
-      " Tensor value_weight, Tensor value_bias, int patch_rows, int patch_columns) -> Tensor");
-  m.def(
-      "latent_encode_backward(Tensor grad_0, Tensor x, Tensor prompts, Tensor key_weight,"
-      " Tensor key_bias, Tensor value_weight, Tensor value_bias, int patch_rows,"
-      " int patch_columns, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "trigonometric_solve(Tensor latents, Tensor sine, Tensor cosine, Tensor? offset,"
-      " float fundamental, bool squash) -> Tensor");
-  m.def(
-      "trigonometric_solve_backward(Tensor grad_0, Tensor latents, Tensor sine, Tensor cosine,"
-      " Tensor? offset, float fundamental, bool squash, bool[] mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "latent_decode(Tensor x, Tensor latents, Tensor query_weight, Tensor query_bias, int heads,"
-      " int patch_rows, int patch_columns) -> Tensor");
-  m.def(
-      "latent_decode_backward(Tensor grad_0, Tensor x, Tensor latents, Tensor query_weight,"
-      " Tensor query_bias, int heads, int patch_rows, int patch_columns, bool[] mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "latent_operator(Tensor x, Tensor prompts, Tensor key_weight, Tensor key_bias,"
-      " Tensor value_weight, Tensor value_bias, Tensor query_weight, Tensor query_bias,"
-      " Tensor sine, Tensor cosine, Tensor? offset, int patch_rows, int patch_columns,"
-      " float fundamental, bool squash) -> Tensor");
-  m.def(
-      "latent_operator_backward(Tensor grad_0, Tensor x, Tensor prompts, Tensor key_weight,"
-      " Tensor key_bias, Tensor value_weight, Tensor value_bias, Tensor query_weight,"
-      " Tensor query_bias, Tensor sine, Tensor cosine, Tensor? offset, int patch_rows,"
-      " int patch_columns, float fundamental, bool squash, bool[] mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
-      " Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) { define_latent_operator(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cuda, CompositeExplicitAutograd, m) {
   m.impl("latent_encode", TORCH_BOX(&latent_encode));

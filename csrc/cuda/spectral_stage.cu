@@ -12,6 +12,7 @@
 #include <array>
 #include <string>
 
+#include "../bindings/schemas.h"
 #include "correlate.h"
 #include "operators.h"
 
@@ -517,22 +518,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spectral_mix_
   return {found[0], found[1], found[2], found[3], found[4], found[5], found[6]};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) {
-  m.def(
-      "spectral_mix(Tensor x, Tensor low_weight, Tensor? low_bias, Tensor high_weight,"
-      " Tensor? high_bias, Tensor low_gate, Tensor high_gate) -> Tensor");
-  m.def(
-      "spectral_mix_backward(Tensor grad_0, Tensor x, Tensor low_weight, Tensor? low_bias,"
-      " Tensor high_weight, Tensor? high_bias, Tensor low_gate, Tensor high_gate, bool[] mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "spectral_maxima(Tensor x, Tensor low_weight, Tensor? low_bias, Tensor high_weight,"
-      " Tensor? high_bias) -> Tensor");
-  m.def(
-      "spectral_maxima_backward(Tensor grad_0, Tensor x, Tensor low_weight, Tensor? low_bias,"
-      " Tensor high_weight, Tensor? high_bias, bool[] mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion_cuda, m) { define_spectral_stage(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion_cuda, CompositeExplicitAutograd, m) {
   m.impl("spectral_mix", TORCH_BOX(&spectral_mix));
