@@ -65,6 +65,7 @@ struct alignas(16) DepthwiseTile {
   static constexpr int kThreads = kColumns * kGroups;
 
   float value[2][kLines][kLine];
+  float taps[K * K];
 };
 
 // y = act(filter(x)) + plus. A block has `tiles` tiles, one below the other, of one plane; rows lie
@@ -97,10 +98,11 @@ __global__ void __launch_bounds__(DepthwiseTile<K, D>::kThreads, 2)
   const int count = left < tiles ? left : tiles;
   const int column = static_cast<int>(threadIdx.x) % Tile::kColumns;
   const int line = first_row<kSums>(threadIdx.x / Tile::kColumns, Tile::kRows, D);
-  const float* taps = filter.taps + channel * filter.channel;
 
   fetch(0);
   commit_copies();
+  if (threadIdx.x < K * K)
+    tile.taps[threadIdx.x] = filter.taps[channel * filter.channel + threadIdx.x * filter.tap];
   for (int t = 0; t < count; ++t) {
     wait_for_copies<0>();
     __syncthreads();  // this tile is here, and nobody needs the one before any more
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(DepthwiseTile<K, D>::kThreads, 2)
         from += D * Tile::kLine;
         return value;
       };
-      add_column<kSums, K>(next, taps + q * filter.tap, K * filter.tap, sum);
+      add_column<kSums, K>(next, tile.taps + q, K, sum);
     }
     add_bias(filter, channel, sum);
     int row = top(t) + line;

@@ -64,8 +64,10 @@ T& shared() {
 }
 
 // The calling thread's asynchronous copies: `size` bytes, the last `zeros` of which are not read
-// but become 0; those since the last commit form a group. A copy that is misaligned, that goes
-// elsewhere than to the block's shared memory, or that nobody waits for is told by `run`.
+// but become 0; those since the last commit form a group. What is copied is not there before the
+// thread has waited for it: until then the place holds 0xFF bytes (NaN), so that a wait that is
+// missing, or too early, shows in the result. A copy that is misaligned, that goes elsewhere than
+// to the block's shared memory, or that nobody waits for is told by `run`.
 void start_copy(void* to, const void* from, size_t size, size_t zeros);
 void commit_copies();
 void wait_for_copies(size_t pending_groups);
