@@ -118,6 +118,8 @@ def cuda_options(architectures: str | None = None) -> list[str]:
             raise CannotBuild(
                 f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', the part {name!r} is not"
             )
+        if int(match[1]) < 8:  # asynchronous copies, bfloat16
+            raise CannotBuild(f"the CUDA kernels need compute capability 8.0, not {name}")
         number = match[1] + match[2]
         code = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
         options.append(f"-gencode=arch=compute_{number},code={code}")

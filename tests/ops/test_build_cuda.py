@@ -27,6 +27,9 @@ def test_architectures_as_torch_writes_them(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(build.CannotBuild, match=r"like '8.0;9.0\+PTX', the part 'Hopper' is not"):
         build.cuda_options()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0")
+    with pytest.raises(build.CannotBuild, match=r"need compute capability 8\.0, not 7\.5"):
+        build.cuda_options()
 
 
 def test_a_missing_nvcc_is_told_and_nothing_else(
