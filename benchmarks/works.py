@@ -6,11 +6,14 @@ What is called on what, its bytes and its FLOPs stand in `fastfusion.benchmarkin
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastfusion import ops
 from fastfusion.benchmarking import (
     Operation,
     costs,
@@ -23,6 +26,7 @@ from fastfusion.benchmarking import (
     multiscale,
     op_called,
 )
+from fastfusion.ops.haar import spectral_maxima, spectral_mix
 from fastfusion.ops.operator import Operator
 
 SMALL, LARGE = (1, 64, 256, 256), (8, 64, 512, 512)
@@ -75,7 +79,43 @@ DILATED = (depthwise(7, 3), "7x7 dilation 3")
 FREQUENCY = {mode: (frequency_filter(mode), mode) for mode in ("zeros", "circular")}
 LARGE_ATTENTION = (large_attention(), "")
 MULTISCALE = (multiscale(), "3x3 5x5")
-DWT, SPLIT = ((haar(name), "") for name in ("haar_dwt2d", "haar_split2d"))
+DWT, IDWT, SPLIT = ((haar(name), "") for name in ("haar_dwt2d", "haar_idwt2d", "haar_split2d"))
+MIXING = (mixing(), "")
+
+
+def _stage(call: Callable[..., Any], gates: int) -> Operation:
+    """SpeCAM's first stage: a 3x3 filter and a bias for each band, and gates of an image."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        batch, channels = shape[:2]
+        filters = [draw(channels, 1, 3, 3) / 3, draw(channels)] * 2
+        return draw(*shape), *filters, *(draw(batch, channels) for _ in range(gates))
+
+    return Operation(call, make)
+
+
+MAXIMA, MIXTURE = (_stage(spectral_maxima, 0), ""), (_stage(spectral_mix, 2), "")
+
+
+def _step(name: str, tokens: int = 8, basis: int = 24, patch: int = 4) -> Operation:
+    """One step of LSO's latent operator by itself."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        batch, channels, rows, columns = shape
+        latents = (batch, -(-rows // patch) * -(-columns // patch), tokens, channels)
+        linear = [draw(channels, channels) / channels**0.5, draw(channels)]
+        if name == "latent_encode":
+            return draw(*shape), draw(8, tokens, channels // 8), *linear, *linear
+        if name == "latent_decode":
+            return draw(*shape), draw(*latents), *linear
+        return draw(*latents), *(draw(channels, basis) / basis for _ in range(2))
+
+    options = {} if name == "trigonometric_solve" else {"patch_size": patch}
+    return Operation(functools.partial(getattr(ops, name), **options), make)
+
+
+STEPS = [(_step(f"latent_{name}"), "LSO 4x4") for name in ("encode", "decode")]
+STEPS.append((_step("trigonometric_solve"), "LSO"))
 
 #: In the order of their weight: what comes last is left out first when time is short.
 WORKS = [
@@ -87,7 +127,7 @@ WORKS = [
     Work(*MULTISCALE, SMALL),
     Work(*DWT, SMALL),
     Work(*SPLIT, SMALL),
-    Work(mixing(), "", (4, 128, 1, 1)),
+    Work(*MIXING, (4, 128, 1, 1)),
     Work(*DEPTHWISE[3], SMALL),
     Work(*DEPTHWISE[7], SMALL),
     Work(*DEPTHWISE[7], SMALL, channels_last=True),
@@ -105,4 +145,13 @@ WORKS = [
     Work(*MULTISCALE, SMALL, backward=True),
     Work(*FREQUENCY["zeros"], SMALL, backward=True),
     Work(*FREQUENCY["circular"], SMALL, backward=True),
+    Work(*IDWT, SMALL),
+    Work(*MAXIMA, SMALL),
+    Work(*MIXTURE, SMALL),
+    *(Work(*step, SMALL) for step in STEPS),
+    Work(*LSM, SMALL, backward=True),
+    Work(*WHOLE, SMALL, backward=True),
+    *(Work(*work, SMALL, backward=True) for work in (DWT, IDWT, SPLIT, MAXIMA, MIXTURE)),
+    Work(*MIXING, (4, 128, 1, 1), backward=True),
+    *(Work(*step, SMALL, backward=True) for step in STEPS),
 ]

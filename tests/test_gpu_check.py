@@ -267,6 +267,12 @@ def test_every_piece_of_work_has_costs() -> None:
         assert flops > 0
 
 
+def test_every_operator_with_triton_kernels_has_its_floors() -> None:
+    wanted = {name for name, operator in OPERATORS.items() if "triton" in operator.backends}
+    for backward in (False, True):
+        assert {w.definition.name for w in WORKS if w.backward == backward} == wanted
+
+
 # -- the page and the command ------------------------------------------------------------------
 
 
@@ -342,7 +348,7 @@ def test_both_gpu_backends_are_timed(monkeypatch: Any) -> None:
 def test_the_cuda_kernels_are_built_for_the_card(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_check.os, "environ", {})
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert gpu_check.built(tmp_path)["detail"] == "was there"  # or torch could not load it
+    assert gpu_check.built(tmp_path, 60)["detail"] == "was there"  # or torch could not load it
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(gpu_check.native, "library_path", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -354,14 +360,14 @@ def test_the_cuda_kernels_are_built_for_the_card(monkeypatch: Any, tmp_path: Pat
         return done
 
     monkeypatch.setattr(gpu_check.subprocess, "run", run)
-    row = gpu_check.built(tmp_path)
+    row = gpu_check.built(tmp_path, 60)
     assert (row["ok"], row["detail"]) == (True, "built for 9.0")
     assert gpu_check.os.environ["FASTFUSION_LIBRARY_DIR"] == str(tmp_path)
     ((command, architecture),) = asked
     assert Path(command[0]).is_file() and command[1:] == ["--cuda", "--out", str(tmp_path)]
     assert architecture == "9.0"
     done = subprocess.CompletedProcess([], 1, "", "nvcc was not found\n")
-    row = gpu_check.built(tmp_path)
+    row = gpu_check.built(tmp_path, 60)
     assert (row["ok"], row["detail"]) == (None, "nvcc was not found")
 
 
@@ -404,7 +410,7 @@ def test_with_a_gpu_json_page_and_the_table_last(
         lambda part, seconds, folder: [row for row in ROWS if row["part"] == part.name],
     )
     built = {"part": "build", "what": "_C_cuda", "ok": None, "detail": "no nvcc"}
-    monkeypatch.setattr(gpu_check, "built", lambda folder: built)
+    monkeypatch.setattr(gpu_check, "built", lambda folder, seconds: built)
     places = ["--page", str(tmp_path / "page.md"), "--json", str(tmp_path / "rows.json")]
     assert gpu_check.main(places) == 1  # a kernel is wrong
     assert json.loads((tmp_path / "rows.json").read_text()) == [built, *ROWS]
