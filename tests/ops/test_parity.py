@@ -9,6 +9,7 @@ runs the kernels on the CPU; test_triton.py and test_cuda.py do so.
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import pytest
@@ -173,6 +174,43 @@ def test_other_dtypes(backend: str, case: Case, dtype: torch.dtype) -> None:
 def test_layout(backend: str, case: Case, layout: str) -> None:
     skip_unless_built(backend, case)
     check(case, backend, torch.float32, layout, seed=1)
+
+
+def far(x: Tensor, axis: int) -> Tensor:
+    """The same values, the entries of one axis so far apart that 32 bits do not count the way from
+    the first to the third, in a mapping of pages of which few are touched."""
+    apart = 2**30 + 16
+    rest = torch.empty([1 if i == axis else n for i, n in enumerate(x.shape)])
+    strides = [apart if i == axis else s for i, s in enumerate(rest.stride())]
+    size = x.element_size() * ((x.shape[axis] - 1) * apart + rest.numel())
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    room = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=x.dtype)
+    return room.as_strided(x.shape, strides).copy_(x)
+
+
+#: Of each operator a small case whose images have three channels and three rows.
+AS_FAR = list(
+    {
+        case.operator: case
+        for case in reversed(CASES)
+        if case.elements <= 2000 and min(case.shapes[case.images[0]][1:3]) >= 3
+    }.values()
+)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pairs(AS_FAR, reference=False)
+def test_offsets_beyond_32_bits(backend: str, case: Case, axis: int) -> None:
+    skip_unless_built(backend, case)
+    tensors = {name: value.float() for name, value in case.tensors(4).items()}
+    expected, expected_grads = run(case, tensors, backend, torch.float32)
+    images = {name: far(tensors[name], axis) for name in case.images}
+    outputs, grads = run(case, {**tensors, **images}, backend, torch.float32)
+    for y, like in zip(outputs, expected, strict=True):
+        assert_close(y, like, 1e-6, "output")
+    for name, gradient in grads.items():
+        scale = expected_grads[case.scale_of[name]].norm().item() if name in case.scale_of else None
+        assert_close(gradient, expected_grads[name], 1e-5, f"gradient of {name}", scale)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

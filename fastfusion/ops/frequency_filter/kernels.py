@@ -424,7 +424,7 @@ def _circular_backward(
     found: list[Tensor | None] = [None] * 5
     if mask[2]:
         found[2] = _taps_gradient(grad, x, mixing, mixing_bias, taps)
-        found[4] = _impulse(grad.float())
+        found[4] = _impulse(grad)
     if not (mask[0] or mask[1] or mask[3]):
         return tuple(found)
     upstream = torch.empty((batch, 2, outputs, rows, columns), dtype=torch.float32, device=x.device)
@@ -464,7 +464,7 @@ def _impulse(grad: Tensor) -> Tensor:
 
     The real one is an impulse at pixel 0; the imaginary one leaves the result as it is.
     """
-    real = grad[:, :, 0, 0].sum(0)
+    real = grad[:, :, 0, 0].float().sum(0)
     return torch.stack([real, torch.zeros_like(real)])
 
 

@@ -7,10 +7,11 @@ tile is BLOCK_M pixels of one patch. A group's tokens are one matrix of rows (he
 masked sum. Products with weights go through the channels BLOCK_K at a time and read them anew:
 with 64 channels at once no architecture had registers for them.
 
-- *fused* (a patch is one tile): encode, solve and decode with the pixels on the chip; tokens never
-  leave the program. Groups read the same pixels, one after the other from the cache.
-- *two passes* (larger patches): encode with an online softmax over the tiles, in chunks of pixels
-  that are merged in order, then the solver, then decode.
+- *fused* (patches of up to CHUNK pixels): encode with an online softmax over the tiles, solve and
+  decode, one patch after the other; tokens never leave the program, and the patch, at most 128 KiB,
+  comes from memory once and then from the cache.
+- *two passes* (larger patches): encode in chunks of pixels that are merged in order, then the
+  solver, then decode.
 - *backward*: the tokens again, then decode, solver and encode backwards. A program takes the groups
   in turn, since all of them reach each pixel: their sum grows in float32 in memory. Gradients of
   parameters are summed in registers over a program's patches and added up over the programs in
@@ -58,8 +59,6 @@ CHUNK = 512
 PROGRAMS = 528
 #: Rows of tokens (padded) and channels (padded) up to which a program's matrices fit on the chip.
 WIDEST = 64
-#: Pixels of a patch up to which the operator is one kernel.
-LARGEST_FUSED = 64
 
 # Few pixels and few channels at a time, so that the operands of all products fit in the registers,
 # which the assembler would not all use, and spill, unless told. Measured on no GPU.
@@ -68,24 +67,14 @@ _BACKWARD = Tile({"BLOCK_M": 16, "BLOCK_K": 16}, warps=8, registers=255)
 
 
 def _by_patch(tile: Tile) -> dict[str, dict[str, Tile]]:
-    """By the pixels of a patch; the interpreter's time goes by tiles."""
+    """By the pixels of a patch; the interpreter's time goes by tiles: few, but more than one."""
     return {
         size: {"": tile, "cpu": Tile({"BLOCK_M": block, "BLOCK_K": 64})}
-        for size, block in (("small", 16), ("large", 512))
+        for size, block in (("small", 16), ("large", 128))
     }
 
 
-#: By the pixels of a tile.
-FUSED = Table(
-    "latent operator",
-    {
-        str(m): {
-            "": Tile({"BLOCK_K": 16}, warps=4, registers=255),
-            "cpu": Tile({"BLOCK_K": 64}),
-        }
-        for m in (16, 32, 64)
-    },
-)
+FUSED = Table("latent operator", _by_patch(_FORWARD))
 ENCODE = Table("latent encode", _by_patch(_FORWARD))
 DECODE = Table("latent decode", _by_patch(_FORWARD))
 ENCODE_BACKWARD = Table("latent encode backward", _by_patch(_BACKWARD))
@@ -272,14 +261,14 @@ def _pixels(
 def _load(x, place, there, c, known, x_c):
     """Channels ``c`` of pixels."""
     inside = there[:, None] & known[None, :]
-    return tl.load(x + place[:, None] + c[None, :] * x_c, mask=inside, other=0.0)
+    return tl.load(x + place[:, None] + c[None, :].to(tl.int64) * x_c, mask=inside, other=0.0)
 
 
 @triton.jit
 def _store(x, value, place, there, c, known, x_c):
     inside = there[:, None] & known[None, :]
     value = narrow(value, x.dtype.element_ty)
-    tl.store(x + place[:, None] + c[None, :] * x_c, value, mask=inside)
+    tl.store(x + place[:, None] + c[None, :].to(tl.int64) * x_c, value, mask=inside)
 
 
 @triton.jit
@@ -420,6 +409,68 @@ def _head_sums(products, HEADS: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _attended(
+    x, keys, value_weight, value_bias, patch, begin, chunk, c, known, line,
+    x_b, x_c, x_h, x_w, rows, columns, across, down, patch_rows, patch_columns, channels,
+    PRECISION: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Values weighted by an online softmax over a chunk of a patch's pixels.
+
+    The unnormalised sums, the largest scores and the sums of the weights.
+    """
+    top = tl.full((GROUP * TOKENS,), float("-inf"), tl.float32)
+    sums = tl.zeros((GROUP * TOKENS,), tl.float32)
+    mixed = tl.zeros((GROUP * TOKENS, WIDTH), tl.float32)
+    for start in range(begin, tl.minimum(begin + chunk, patch_rows * patch_columns), BLOCK_M):
+        place, inside, there = _pixels(patch, start, rows, columns, across, down,
+                                       patch_rows, patch_columns, x_b, x_h, x_w,
+                                       BLOCK_M)  # fmt: skip
+        inside = inside & (start + tl.arange(0, BLOCK_M) < begin + chunk)
+        there = there & inside
+        scores = _scored(x, place, there, x_c, keys, line, channels,
+                         PRECISION, CHANNELS, GROUP * TOKENS, BLOCK_M, BLOCK_K)  # fmt: skip
+        scores = tl.where(inside[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=0))
+        e = tl.exp(scores - higher[None, :])
+        fade = tl.exp(top - higher)
+        sums = sums * fade + tl.sum(e, axis=0)
+        values = _projected(x, place, there, x_c, value_weight, value_bias, c, known,
+                            channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
+        mixed = mixed * fade[:, None]
+        mixed += tl.dot(tl.trans(e), values, input_precision=PRECISION)
+        top = higher
+    return mixed, top, sums
+
+
+@triton.jit
+def _decode(
+    x, token, query_weight, query_bias, y, patch, begin, chunk, c, known,
+    x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
+    rows, columns, across, down, patch_rows, patch_columns, channels, tokens,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A chunk of a patch's pixels from its tokens, spread to rows (head, token)."""
+    for start in range(begin, tl.minimum(begin + chunk, patch_rows * patch_columns), BLOCK_M):
+        mine = start + tl.arange(0, BLOCK_M) < begin + chunk
+        place, _, there = _pixels(patch, start, rows, columns, across, down,
+                                  patch_rows, patch_columns, x_b, x_h, x_w,
+                                  BLOCK_M)  # fmt: skip
+        there = there & mine
+        queries = _projected(x, place, there, x_c, query_weight, query_bias, c, known,
+                             channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
+        scores = tl.dot(queries, tl.trans(token), input_precision=PRECISION) * SCALE
+        attention = _token_softmax(scores, tokens, GROUP, TOKENS)
+        out = tl.dot(attention, token, input_precision=PRECISION)
+        out += _load(x, place, there, c, known, x_c).to(tl.float32)
+        place, _, there = _pixels(patch, start, rows, columns, across, down,
+                                  patch_rows, patch_columns, y_b, y_h, y_w,
+                                  BLOCK_M)  # fmt: skip
+        _store(y, out, place, there & mine, c, known, y_c)
+
+
+@triton.jit
 def latent_operator_fwd_kernel(
     x, prompts, keys, value_weight, value_bias, query_weight, query_bias,
     sine, cosine, offset, y,
@@ -433,36 +484,29 @@ def latent_operator_fwd_kernel(
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Encode, solve and decode patches of at most BLOCK_M pixels, one after the other."""
+    """Encode, solve and decode patches, one after the other; tokens never leave the program."""
     pid = tl.program_id(0)
     group, first = pid % groups, (pid // groups) * per_program
     c, known = _channels(group, channels, width, GROUP, WIDTH)
     line = group * GROUP * TOKENS + tl.arange(0, GROUP * TOKENS)
-    prompt = _prompt_tokens(prompts, c, known, tokens, width, TOKENS)
+    pixels = patch_rows * patch_columns
     for unit in range(first, tl.minimum(first + per_program, units)):
-        place, inside, there = _pixels(unit, 0, rows, columns, across, down, patch_rows,
-                                       patch_columns, x_b, x_h, x_w, BLOCK_M)  # fmt: skip
-        scores = _scored(x, place, there, x_c, keys, line, channels,
-                         PRECISION, CHANNELS, GROUP * TOKENS, BLOCK_M, BLOCK_K)  # fmt: skip
-        scores = tl.where(inside[:, None], scores, float("-inf"))
-        e = tl.exp(scores - tl.max(scores, axis=0)[None, :])
-        e = e / tl.sum(e, axis=0)[None, :]
-        values = _projected(x, place, there, x_c, value_weight, value_bias, c, known,
-                            channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
-        mixed = tl.dot(tl.trans(e), values, input_precision=PRECISION)
-        z = _gathered(mixed, width, GROUP, TOKENS, WIDTH) + prompt
+        mixed, _, sums = _attended(
+            x, keys, value_weight, value_bias, unit, 0, pixels, c, known, line,
+            x_b, x_c, x_h, x_w, rows, columns, across, down, patch_rows, patch_columns, channels,
+            PRECISION, TOKENS, CHANNELS, GROUP, WIDTH, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        z = _gathered(mixed / sums[:, None], width, GROUP, TOKENS, WIDTH)
+        z += _prompt_tokens(prompts, c, known, tokens, width, TOKENS)
         s = _solved(z, sine, cosine, offset, c, channels, basis, SQUASH, OFFSET,
                     TURN_1, TURN_2, TURN_3)  # fmt: skip
         token = _spread(s, width, GROUP, TOKENS, WIDTH)
-        queries = _projected(x, place, there, x_c, query_weight, query_bias, c, known,
-                             channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
-        scores = tl.dot(queries, tl.trans(token), input_precision=PRECISION) * SCALE
-        attention = _token_softmax(scores, tokens, GROUP, TOKENS)
-        out = tl.dot(attention, token, input_precision=PRECISION)
-        out += _load(x, place, there, c, known, x_c).to(tl.float32)
-        place, _, there = _pixels(unit, 0, rows, columns, across, down, patch_rows,
-                                  patch_columns, y_b, y_h, y_w, BLOCK_M)  # fmt: skip
-        _store(y, out, place, there, c, known, y_c)
+        _decode(
+            x, token, query_weight, query_bias, y, unit, 0, pixels, c, known,
+            x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
+            rows, columns, across, down, patch_rows, patch_columns, channels, tokens,
+            SCALE, PRECISION, TOKENS, GROUP, WIDTH, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -488,28 +532,12 @@ def latent_encode_fwd_kernel(
     line = group * GROUP * TOKENS + tl.arange(0, GROUP * TOKENS)
     t = tl.arange(0, TOKENS)[:, None]
     for unit in range(first, tl.minimum(first + per_program, units)):
-        top = tl.full((GROUP * TOKENS,), float("-inf"), tl.float32)
-        sums = tl.zeros((GROUP * TOKENS,), tl.float32)
-        mixed = tl.zeros((GROUP * TOKENS, WIDTH), tl.float32)
-        begin = (unit % chunks) * chunk
-        for start in range(begin, tl.minimum(begin + chunk, patch_rows * patch_columns), BLOCK_M):
-            place, inside, there = _pixels(unit // chunks, start, rows, columns, across, down,
-                                           patch_rows, patch_columns, x_b, x_h, x_w,
-                                           BLOCK_M)  # fmt: skip
-            inside = inside & (start + tl.arange(0, BLOCK_M) < begin + chunk)
-            there = there & inside
-            scores = _scored(x, place, there, x_c, keys, line, channels,
-                             PRECISION, CHANNELS, GROUP * TOKENS, BLOCK_M, BLOCK_K)  # fmt: skip
-            scores = tl.where(inside[:, None], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, axis=0))
-            e = tl.exp(scores - higher[None, :])
-            fade = tl.exp(top - higher)
-            sums = sums * fade + tl.sum(e, axis=0)
-            values = _projected(x, place, there, x_c, value_weight, value_bias, c, known,
-                                channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
-            mixed = mixed * fade[:, None]
-            mixed += tl.dot(tl.trans(e), values, input_precision=PRECISION)
-            top = higher
+        mixed, top, sums = _attended(
+            x, keys, value_weight, value_bias, unit // chunks, (unit % chunks) * chunk, chunk,
+            c, known, line,
+            x_b, x_c, x_h, x_w, rows, columns, across, down, patch_rows, patch_columns, channels,
+            PRECISION, TOKENS, CHANNELS, GROUP, WIDTH, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
         if not PARTS:
             mixed = mixed / sums[:, None]
         z = _gathered(mixed, width, GROUP, TOKENS, WIDTH)
@@ -583,24 +611,13 @@ def latent_decode_fwd_kernel(
         patch = unit // chunks
         source = latents + _long(patch) * tokens * channels
         token = _tokens(source, c, known, channels, tokens, TOKENS)
-        token = _spread(token, width, GROUP, TOKENS, WIDTH)
-        begin = (unit % chunks) * chunk
-        for start in range(begin, tl.minimum(begin + chunk, patch_rows * patch_columns), BLOCK_M):
-            mine = start + tl.arange(0, BLOCK_M) < begin + chunk
-            place, _, there = _pixels(patch, start, rows, columns, across, down,
-                                      patch_rows, patch_columns, x_b, x_h, x_w,
-                                      BLOCK_M)  # fmt: skip
-            there = there & mine
-            queries = _projected(x, place, there, x_c, query_weight, query_bias, c, known,
-                                 channels, PRECISION, WIDTH, BLOCK_M, BLOCK_K)  # fmt: skip
-            scores = tl.dot(queries, tl.trans(token), input_precision=PRECISION) * SCALE
-            attention = _token_softmax(scores, tokens, GROUP, TOKENS)
-            out = tl.dot(attention, token, input_precision=PRECISION)
-            out += _load(x, place, there, c, known, x_c).to(tl.float32)
-            place, _, there = _pixels(patch, start, rows, columns, across, down,
-                                      patch_rows, patch_columns, y_b, y_h, y_w,
-                                      BLOCK_M)  # fmt: skip
-            _store(y, out, place, there & mine, c, known, y_c)
+        _decode(
+            x, _spread(token, width, GROUP, TOKENS, WIDTH), query_weight, query_bias, y,
+            patch, (unit % chunks) * chunk, chunk, c, known,
+            x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
+            rows, columns, across, down, patch_rows, patch_columns, channels, tokens,
+            SCALE, PRECISION, TOKENS, GROUP, WIDTH, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
 
 
 # -- backward ----------------------------------------------------------------------------------
@@ -1266,8 +1283,7 @@ def latent_operator(
     cut = _cut(x, prompts.shape[0], prompts.shape[1], ph, pw)
     prompts, kw, vw, vb, qw, qb = (v.contiguous() for v in (prompts, kw, vw, vb, qw, qb))
     keys = _folded(prompts, kw, cut)
-    block = power_of_two(cut.pixels, 16)
-    if block > LARGEST_FUSED:
+    if cut.chunks > 1:
         z, _, _ = _encoded(x, prompts, keys, vw, vb, cut, torch.float32)
         s = _solved_all(z, sine, cosine, offset, omega, squash)
         return _decoded(x, s, qw, qb, cut)
@@ -1296,10 +1312,9 @@ def latent_operator(
             OFFSET=offset is not None,
             **_turns(omega),
             **cut.constants,
-            BLOCK_M=block,
         )
 
-    tuned(FUSED, str(block), x, run)
+    tuned(FUSED, cut.shape_class, x, run)
     return y
 
 
@@ -1314,10 +1329,10 @@ def latent_operator_backward(
     keys = _folded(prompts, kw, cut)
     encoded = _encoded(x, prompts, keys, vw, vb, cut, torch.float32)
     s = _solved_all(encoded[0], sine, cosine, offset, omega, squash)
-    partial = image_like(x).float()
+    grad_x = image_like(x)
+    partial = torch.empty_like(grad_x, dtype=torch.float32)
     flow, query_weight, query_bias = _decode_gradients(grad, x, s, qw, qb, cut, partial)
     flow, *series = _solve_gradients(flow, encoded[0], sine, cosine, omega, squash)
-    grad_x = image_like(x)
     found = _encode_gradients(flow, x, encoded, prompts, keys, kw, vw, vb, cut, partial, grad_x)
     gradients = _wanted([*found, query_weight, query_bias, *series], mask[1:], x.dtype)
     return _match_image(grad_x, mask[0]), *gradients
