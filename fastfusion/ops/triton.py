@@ -67,12 +67,15 @@ class Tile:
 class Table:
     """The tested tiles of a kernel: by shape class, then by architecture ("" is any other).
 
-    The architecture "cpu" is the interpreter.
+    The architecture "cpu" is the interpreter. What AMD has of its own in a class stands for all
+    that class has there, as its warps are of 64 threads.
 
     >>> small = Tile({"BLOCK": 64})
     >>> table = Table("scale", {"rows": {"": Tile({"BLOCK": 256}), "gfx942": small}})
     >>> table.tile("rows", "sm_90")["BLOCK"], table.tile("rows", "gfx942")["BLOCK"]
     (256, 64)
+    >>> len(table.all("rows", "gfx942"))
+    1
     """
 
     name: str
@@ -83,11 +86,14 @@ class Table:
         choices = self.tiles[shape_class]
         return choices.get(architecture, choices[""])
 
-    def all(self, shape_class: str) -> list[Tile]:
-        """The different tiles of a class, whatever the architecture (the interpreter is none)."""
+    def all(self, shape_class: str, architecture: str) -> list[Tile]:
+        """The different tiles of a class that may run on an architecture, to be tested and timed:
+        those of AMD on AMD if it has its own, else those of the others."""
+        choices = self.tiles[shape_class]
+        own = architecture.startswith("gfx") and any(chip.startswith("gfx") for chip in choices)
         distinct: list[Tile] = []
-        for chip, tile in self.tiles[shape_class].items():
-            if chip != "cpu" and tile not in distinct:
+        for chip, tile in choices.items():
+            if chip != "cpu" and chip.startswith("gfx") == own and tile not in distinct:
                 distinct.append(tile)
         return distinct
 
@@ -123,13 +129,13 @@ def tuned(
     chip = architecture(like.device)
     recorder = _recorder.get()
     if recorder is not None:
-        for tile in table.all(shape_class):
+        for tile in table.all(shape_class, chip):
             result = run(tile)
         return result
     tile = table.tile(shape_class, chip)
     if os.environ.get("FASTFUSION_AUTOTUNE") == "1" and like.device.type == "cuda":
         name = f"{table.name} {shape_class} {like.dtype} {key or tuple(like.shape)}"
-        tile = fastest(name, chip, table.all(shape_class), run) or tile
+        tile = fastest(name, chip, table.all(shape_class, chip), run) or tile
     return run(tile)
 
 

@@ -77,11 +77,16 @@ FINISH = Tile({"BLOCK": 64}, warps=1)
 
 def _mix(registers: int | None) -> dict[str, dict[str, Tile]]:
     """A pixel of the mixture costs two GELUs: one block of pixels for a thread leaves room for
-    them."""
-    rows = Tile({"BLOCK_ROWS": 16, "BLOCK_W": 128, "BLOCK_C": 1}, 4, registers=registers)
+    them. Of several channels, so that a channel's parameters lie in vector registers: on AMD those
+    of one channel alone are scalars, and with Triton 3.9 more than there are."""
+    rows = {"BLOCK_ROWS": 16, "BLOCK_W": 32, "BLOCK_C": 4}
     last = Tile({"BLOCK_ROWS": 16, "BLOCK_W": 4, "BLOCK_C": 32}, 4, registers=registers)
     return {
-        "contiguous": {"": rows, "cpu": _INTERPRETED_SEARCH},
+        "contiguous": {
+            "": Tile(rows, warps=4, registers=registers),
+            "gfx942": Tile(rows, warps=2),
+            "cpu": _INTERPRETED_SEARCH,
+        },
         "channels_last": {"": last, "cpu": _INTERPRETED_SEARCH},
     }
 
