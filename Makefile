@@ -11,7 +11,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs sanitize torture audit quality bench kernels gpu-check triton-gate triton-versions triton-sanitize wheel wheel-test clean
+.PHONY: help demo test lint format docs sanitize torture audit quality bench kernels gpu-check triton-gate triton-parity triton-versions triton-sanitize wheel wheel-test clean
 
 help:
 	@echo "make demo      fuse the built-in scene with every method: a table and out/demo.png"
@@ -28,7 +28,8 @@ help:
 	@echo "make kernels   docs/kernels.md: what the Triton kernels compile to, without a GPU"
 	@echo "make gpu-check everything that needs a GPU, in eight minutes: docs/performance-gpu.md"
 	@echo "make triton-gate  the Triton kernels compiled for every architecture (make test: sm_90)"
-	@echo "make triton-versions  the Triton kernels' parity and compilation with the oldest and newest Triton"
+	@echo "make triton-parity  the Triton kernels in float32 with the oldest and the newest Triton (CI)"
+	@echo "make triton-versions  that, and the kernels compiled with both"
 	@echo "make triton-sanitize  their parity while every address is checked"
 	@echo "make cuda-gate the CUDA kernels compiled for every architecture (make test: sm_90); needs nvcc"
 	@echo "make cuda-sanitize  the CUDA kernels' parity on the CPU, under the address sanitizer, threads in every order"
@@ -120,14 +121,15 @@ TRITON_GATE ?= sm_90 or gfx942
 triton-gate: $(VENV)/dev.done
 	FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k compiles
 
-# Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.4 no longer does.
-triton-versions: $(VENV)/dev.done
+# Two minutes on two cores, after the versions are fetched into build/triton-*.
+triton-parity: $(VENV)/dev.done
+	$(BIN)/python -m tests.ops.tritons $(TRITONS)
+
+triton-versions: triton-parity
 	@set -e; for version in $(TRITONS); do \
-	  case $$version in 3.6*) numpy=numpy==2.2.6;; *) numpy=;; esac; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$version triton==$$version $$numpy; \
-	  echo "Triton $$version"; export PYTHONPATH=build/triton-$$version:.; \
-	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:warnings -p tests.ops.interpreter tests/ops/test_parity.py -k "triton and float32"; \
-	  FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k "compiles and ($(TRITON_GATE))"; \
+	  $(BIN)/python -m tests.ops.tritons --fetch-only $$version; \
+	  echo "Triton $$version"; \
+	  PYTHONPATH=build/triton-$$version:. FASTFUSION_TRITON_GATE=all $(BIN)/python -m pytest tests/ops/test_triton.py -k "compiles and ($(TRITON_GATE))"; \
 	done
 
 triton-sanitize: $(VENV)/dev.done

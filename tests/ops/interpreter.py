@@ -8,6 +8,8 @@ Twice or three times as quick::
   still to be replaced. Once a launch and module is enough: what is replaced stays so to its end.
 - It looks at each integer sum and product for overflows, computing it again in int64. The matrix's
   images are far too small for one; ``make triton-sanitize`` looks on.
+
+The last line tells which kernels ran, so that a test can say which did not.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from triton.runtime import interpreter
+
+_ran: set[str] = set()
 
 
 def install() -> None:
@@ -30,6 +34,7 @@ def install() -> None:
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
+        _ran.add(self.fn.__name__)
         return call(self, *args, **kwargs)
 
     options = interpreter.interpreter_builder.options
@@ -39,3 +44,7 @@ def install() -> None:
 
 def pytest_configure(config: Any) -> None:
     install()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.write_line(" ".join(["kernels:", *sorted(_ran)]))

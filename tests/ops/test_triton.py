@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch
 from benchmarks import kernels as gate
 from fastfusion.ops.operator import OPERATORS
 from tests import ahead
+from tests.ops import tritons
 
 triton = pytest.importorskip("triton")
 
@@ -58,42 +60,66 @@ def parity(folder: str) -> ahead.Command:
     return interpreted(*PYTEST, "tests/ops/test_parity.py", "-k", names)
 
 
+def never_ran(output: str, folder: str, first_stage: bool = False) -> set[str]:
+    """The kernels of a folder that tests.ops.interpreter did not name in its last line."""
+    ran = {
+        word for line in output.splitlines() if line.startswith("kernels:") for word in line.split()
+    }
+    kernels = {k for k in tritons.kernels(folder) if k.startswith("spectral_m") == first_stage}
+    assert kernels or first_stage
+    return kernels - ran
+
+
 @pytest.mark.ahead(command=parity)
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_parity_through_the_interpreter(folder: str) -> None:
     done = ahead.result(parity, folder=folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+    assert not never_ran(done.stdout, folder)
 
 
 def first_stage() -> ahead.Command:
-    return interpreted(
-        *PYTEST,
-        "tests/ops/test_haar.py",
-        "-k",
-        "not long and (float32 or parts or equal or some or special or strides)",
-    )
+    return interpreted(*PYTEST, *tritons.FIRST_STAGE)
 
 
 @pytest.mark.ahead(command=first_stage)
 def test_first_stage_through_the_interpreter() -> None:
     done = ahead.result(first_stage)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert not never_ran(done.stdout, "haar", first_stage=True)
 
 
-TRITONS = sorted(path for path in (ROOT / "build").glob("triton-*") if path.is_dir())
+# -- other Tritons: `make triton-parity` runs them, in CI too ----------------------------------
 
 
-@pytest.mark.skipif(not TRITONS, reason="other Tritons: make triton-versions brings and tests them")
-@pytest.mark.parametrize("folder", TRITONS, ids=lambda folder: folder.name)
-def test_the_other_tritons(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One operator with masks of every kind; all of them: make triton-versions."""
-    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-    done = ahead.run(interpreted("-c", "import triton; print(triton.__version__)"))
-    assert done.stdout.strip() == folder.name.removeprefix("triton-")
-    names = "triton-haar and (float32 or layout and channels_last)"
-    done = ahead.run(interpreted(*PYTEST, "tests/ops/test_parity.py", "-k", names))
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_a_triton_that_cannot_be_had_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tritons, "BUILD", tmp_path)
+    monkeypatch.setattr(
+        tritons, "INSTALL", [sys.executable, "-c", "import sys; sys.exit('ERROR: no index')"]
+    )
+    assert tritons.main(["9.9.9"]) == 0
+    assert capsys.readouterr().out == (
+        "triton-parity: NOT TESTED with Triton 9.9.9, which could not be fetched: ERROR: no index\n"
+    )
+    assert tritons.main(["9.9.9", "--fetch-only"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "wrong"),
+    [
+        ("kernels: one\nkernels: other\n", []),
+        ("1 failed in 2s\n", ["1 failed in 2s"]),
+        ("1 passed in 2s\nkernels: one\n", ["never ran: other"]),
+    ],
+)
+def test_a_run_with_another_triton_fails_for_a_kernel_that_is_wrong_or_was_not_run(
+    monkeypatch: pytest.MonkeyPatch, output: str, wrong: list[str]
+) -> None:
+    monkeypatch.setattr(tritons, "all_kernels", lambda: {"one", "other"})
+    assert tritons.wrong_in(output, int("failed" in output)) == wrong
 
 
 def test_every_operator_has_its_launchers_and_examples() -> None:
@@ -103,6 +129,33 @@ def test_every_operator_has_its_launchers_and_examples() -> None:
         module = importlib.import_module(f"fastfusion.ops.{folder}.kernels")
         assert module.EXAMPLES
         assert all(hasattr(module, f"{name}_backward") for name in operators(folder))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_examples_reach_every_table_of_tiles(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no example launches would never be compiled by the tests."""
+    from fastfusion.ops.triton import Table, recording
+
+    reached: set[tuple[str, str]] = set()
+
+    def watched(method: Any) -> Any:
+        def call(table: Table, shape_class: str, architecture: str) -> Any:
+            reached.add((table.name, shape_class))
+            return method(table, shape_class, architecture)
+
+        return call
+
+    for name in ("tile", "all"):
+        monkeypatch.setattr(Table, name, watched(getattr(Table, name)))
+    module = importlib.import_module(f"fastfusion.ops.{folder}.kernels")
+    with recording("sm_90"):
+        for example in module.EXAMPLES.values():
+            example()
+    tables = [value for value in vars(module).values() if isinstance(value, Table)]
+    assert tables
+    assert {(table.name, key) for table in tables for key in table.tiles} <= reached
 
 
 # With the other architectures it takes the better part of an hour: `make triton-gate`.
@@ -132,10 +185,19 @@ def test_a_table_serves_other_architectures_and_lists_each_tile_once() -> None:
     from fastfusion.ops.triton import Table, Tile
 
     one, other = Tile({"BLOCK": 64}), Tile({"BLOCK": 128}, warps=8)
-    table = Table("t", {"small": {"": one, "sm_90": other, "gfx942": one}})
+    table = Table("t", {"small": {"": one, "sm_90": other, "sm_100": one}})
     assert table.tile("small", "sm_90") is other
     assert table.tile("small", "sm_80") is one
-    assert table.all("small") == [one, other]
+    assert table.all("small", "sm_80") == table.all("small", "gfx942") == [one, other]
+
+
+def test_what_amd_has_of_its_own_is_all_that_runs_there() -> None:
+    from fastfusion.ops.triton import Table, Tile
+
+    one, other = Tile({"BLOCK": 64}), Tile({"BLOCK": 64}, warps=2)
+    table = Table("t", {"small": {"": one, "gfx942": other, "cpu": Tile({"BLOCK": 512})}})
+    assert table.all("small", "sm_90") == [one]
+    assert table.all("small", "gfx942") == [other]
 
 
 def test_tuning_keeps_the_fastest_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
