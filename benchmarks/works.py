@@ -83,6 +83,20 @@ DWT, IDWT, SPLIT = ((haar(name), "") for name in ("haar_dwt2d", "haar_idwt2d", "
 MIXING = (mixing(), "")
 
 
+def _response(size: int = 7) -> Operation:
+    """The filtered spectrum by itself."""
+
+    def make(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[Any, ...]:
+        channels = shape[1]
+        matrices = draw(2, channels, channels) / channels**0.5
+        return draw(*shape), matrices, draw(2, channels, size, size) / size
+
+    return Operation(ops.frequency_response2d, make)
+
+
+RESPONSE = (_response(), "")
+
+
 def _stage(call: Callable[..., Any], gates: int) -> Operation:
     """SpeCAM's first stage: a 3x3 filter and a bias for each band, and gates of an image."""
 
@@ -146,12 +160,13 @@ WORKS = [
     Work(*FREQUENCY["zeros"], SMALL, backward=True),
     Work(*FREQUENCY["circular"], SMALL, backward=True),
     Work(*IDWT, SMALL),
+    Work(*RESPONSE, SMALL),
     Work(*MAXIMA, SMALL),
     Work(*MIXTURE, SMALL),
     *(Work(*step, SMALL) for step in STEPS),
     Work(*LSM, SMALL, backward=True),
     Work(*WHOLE, SMALL, backward=True),
-    *(Work(*work, SMALL, backward=True) for work in (DWT, IDWT, SPLIT, MAXIMA, MIXTURE)),
+    *(Work(*work, SMALL, backward=True) for work in (DWT, IDWT, SPLIT, RESPONSE, MAXIMA, MIXTURE)),
     Work(*MIXING, (4, 128, 1, 1), backward=True),
     *(Work(*step, SMALL, backward=True) for step in STEPS),
 ]
