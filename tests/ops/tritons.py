@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(problems), end="\n" if problems else "")
         print(
             f"triton-parity: Triton {version}: {'WRONG' if problems else 'right'}, {passed} tests "
-            f"and {len(all_kernels())} kernels in float32, after {time.monotonic() - begin:.0f} s",
+            f"and {len(all_kernels() & ran_in(output))} kernels in float32, after {time.monotonic() - begin:.0f} s",
             flush=True,
         )
         wrong |= bool(problems)
