@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "bounds.h"
 #include "parallel.h"
 #include "spectral_tile.h"
 
@@ -41,8 +42,8 @@ struct Extrema {
   Index largest_pair = {}, smallest_pair = {};
 
   FF_INLINE void add(V values) {
-    largest = max(largest, values);
-    smallest = min(smallest, values);
+    largest = larger(largest, values);
+    smallest = smaller(smallest, values);
     sum += values;
   }
   FF_INLINE void merge(const Extrema& of_pair, int64_t pair) {

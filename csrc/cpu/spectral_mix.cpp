@@ -2,18 +2,13 @@
 // weighted sum in one pass over the image, of which only the sum is written.
 #include <vector>
 
+#include "gelu.h"
 #include "parallel.h"
 #include "spectral_tile.h"
 #include "stream.h"
 
 namespace fastfusion::FF_CAPABILITY {
 namespace {
-
-template <typename V>
-FF_INLINE V gelu(V p) {
-  using A = std::remove_reference_t<decltype(p[0])>;
-  return p * A(0.5) * (1 + erf(p * A(0.70710678118654752)));
-}
 
 // The sums of a pair of rows of a strip. In NCHW the low band comes with even and odd columns
 // apart: they are kept so, and joined when the pair is complete.
@@ -29,11 +24,11 @@ class PairSums {
   FF_INLINE void add(Band band, int row, int64_t column, V value) {
     if constexpr (planar) {
       if (band == kLow)
-        store(&low_[row * kRoom + column % 2 * kOdd + column / 2], value);
+        store(low_.data() + row * kRoom + column % 2 * kOdd + column / 2, value);
       else
-        store(&high_[row * kRoom + column], value);
+        store(high_.data() + row * kRoom + column, value);
     } else {
-      A* at = &low_[row * kRoom + column * kLane];
+      A* at = low_.data() + row * kRoom + column * kLane;
       store(at, band == kLow ? value : load(at) + value);
     }
   }
@@ -42,18 +37,22 @@ class PairSums {
   FF_INLINE void write(const Image& y, T* to, int row, int64_t columns, int channels,
                        bool streaming) {
     if constexpr (planar) {
-      const A *even = &low_[row * kRoom], *odd = even + kOdd, *high = &high_[row * kRoom];
+      const A *even = low_.data() + row * kRoom, *odd = even + kOdd;
+      const A* high = high_.data() + row * kRoom;
+      A* joined = row_.data();
       for (int64_t i = 0; 2 * i < columns; i += kLane) {
         const auto low =
             interleave(Pair<V>{load(even + i), load(odd + i)}, std::make_index_sequence<kLane>());
-        store(&row_[2 * i], low.left + load(high + 2 * i));
-        store(&row_[2 * i + kLane], low.right + load(high + 2 * i + kLane));
+        store(joined + 2 * i, low.left + load(high + 2 * i));
+        store(joined + 2 * i + kLane, low.right + load(high + 2 * i + kLane));
       }
-      write_row(to, row_.data(), columns, streaming, scratch_.data());
+      write_row(to, joined, columns, streaming, scratch_.data());
     } else {
       for (int64_t column = 0; column < columns; ++column) {
-        const V sum = load(&low_[row * kRoom + column * kLane]);
-        if (channels == kLane)
+        const V sum = load(low_.data() + row * kRoom + column * kLane);
+        if (std::is_same_v<T, A> && streaming)
+          stream(to + column * y.column_stride, sum);
+        else if (channels == kLane)
           store(to + column * y.column_stride, sum);
         else
           store(to + column * y.column_stride, sum, channels);
@@ -65,7 +64,7 @@ class PairSums {
   // A row of a strip, and as much more as vectors may reach beyond it.
   static constexpr int64_t kOdd = kStripColumns<planar> / 2 + 2 * kLane;
   static constexpr int64_t kRoom = planar ? 2 * kOdd : kStripColumns<planar> * kLane;
-  std::vector<A> low_, high_, row_;
+  Zeros<A> low_, high_, row_;
   std::vector<T> scratch_;
 };
 
@@ -77,7 +76,12 @@ void mix(const Image& x, const SpectralFilters& raw, const T* const* gates, cons
   const int64_t groups = (x.channels + lanes - 1) / lanes;
   const int64_t strips = (x.columns + width - 1) / width;
   const int64_t size = x.batch * x.channels * x.rows * x.columns;
-  const bool streaming = planar && should_stream<T>(size);
+  // Rows are copied past the caches wherever they lie; pixels must be whole vectors.
+  const auto whole = [](int64_t stride) { return stride % kLanes<A> == 0; };
+  const bool streaming =
+      should_stream<T>(size) &&
+      (planar || (reinterpret_cast<uintptr_t>(y.data) % kVectorBytes == 0 && whole(x.channels) &&
+                  whole(y.batch_stride) && whole(y.row_stride) && whole(y.column_stride)));
   const Filters<T> filters{raw};
   parallel_for(0, x.batch * groups * strips, 1, [&](int64_t begin, int64_t end) {
     PairSums<T, planar> sums;
@@ -86,17 +90,18 @@ void mix(const Image& x, const SpectralFilters& raw, const T* const* gates, cons
       const int64_t b = task / strips / groups;
       const int count = static_cast<int>(std::min(lanes, x.channels - channel));
       const TileFilters<T> tile_filters(filters, channel, x.channels - channel, planar);
-      V gate[2] = {};
+      V gate[2] = {};  // the half of each
       for (Band band : {kLow, kHigh})
         for (int lane = 0; lane < kLanes<A>; ++lane)
           if (planar || lane < count)
-            gate[band][lane] = widen(gates[band][b * x.channels + channel + (planar ? 0 : lane)]);
+            gate[band][lane] =
+                A(0.5) * widen(gates[band][b * x.channels + channel + (planar ? 0 : lane)]);
       const int64_t columns = std::min(width, x.columns - first);
       Tile<T, planar> tile(x, tile_filters, b, channel, first);
       tile.walk(
           0, (x.rows + 1) / 2,
           [&](Band band, int row, int64_t column, int, V p, int64_t)
-              FF_INLINED { sums.add(band, row, column, gate[band] * gelu(p)); },
+              FF_INLINED { sums.add(band, row, column, gated_gelu(p, gate[band])); },
           [&](int64_t pair) FF_INLINED {
             for (int row = 0; row < 2 && 2 * pair + row < x.rows; ++row)
               sums.write(y, y.at<T>(b, channel, 2 * pair + row, first), row, columns, count,

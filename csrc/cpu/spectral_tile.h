@@ -19,6 +19,23 @@ namespace fastfusion::FF_CAPABILITY {
 
 enum Band { kLow, kHigh };
 
+// Zeros, aligned for vectors: a row that starts at a whole vector takes half of the accesses of one
+// that does not.
+template <typename A>
+class Zeros {
+ public:
+  static constexpr int64_t kLine = 64 / sizeof(A);
+  explicit Zeros(int64_t count) : lines_((count + kLine - 1) / kLine) {}
+  A* data() { return lines_.data()->values; }
+  static int64_t round_up(int64_t count) { return (count + kLine - 1) / kLine * kLine; }
+
+ private:
+  struct alignas(64) Line {
+    A values[kLine];
+  };
+  std::vector<Line> lines_;
+};
+
 // Columns of a strip: its ring of rows stays in the first-level cache. Even.
 template <bool planar>
 constexpr int64_t kStripColumns = planar ? 512 : 32;
@@ -103,8 +120,8 @@ class Tile {
         channel_(channel),
         first_(first),
         columns_(std::min(kStripColumns<planar>, x.columns - first)),
-        mean_room_((columns_ / 2 + 3) * kStep + kLanes<A>),
-        part_room_((columns_ + 5) * kStep + kLanes<A>),
+        mean_room_(Zeros<A>::round_up(kMeanLead + (columns_ / 2 + 2) * kStep + kLanes<A>)),
+        part_room_(Zeros<A>::round_up(kPartLead + (columns_ + 3) * kStep + kLanes<A>)),
         memory_(3 * mean_room_ + 6 * part_room_) {}
 
   // For each pair of rows in [begin, end), call consume(band, row, column, step, values, count) for
@@ -124,13 +141,16 @@ class Tile {
   }
 
  private:
+  // Elements before a row's first block, and before its first column: whole vectors.
+  static constexpr int64_t kMeanLead = kLanes<A>, kPartLead = (planar ? 1 : 2) * kLanes<A>;
+
   bool has_below(int64_t pair) const { return 2 * pair + 1 < x_.rows; }
 
   // The rows of a pair, from the strip's first block (column) on; before it are one block (two
   // columns) more, and behind its last one as well.
-  A* mean(int64_t pair) { return &memory_[(pair + 3) % 3 * mean_room_ + kStep]; }
+  A* mean(int64_t pair) { return memory_.data() + (pair + 3) % 3 * mean_room_ + kMeanLead; }
   A* rest(int64_t pair, int row) {
-    return &memory_[3 * mean_room_ + ((pair + 3) % 3 * 2 + row) * part_room_ + 2 * kStep];
+    return memory_.data() + 3 * mean_room_ + ((pair + 3) % 3 * 2 + row) * part_room_ + kPartLead;
   }
 
   // Split a pair of rows of the strip with its margins. Outside the image is zero.
@@ -237,7 +257,7 @@ class Tile {
   const Image& x_;
   const TileFilters<T>& filters_;
   const int64_t b_, channel_, first_, columns_, mean_room_, part_room_;
-  std::vector<A> memory_;
+  Zeros<A> memory_;
 };
 
 }  // namespace fastfusion::FF_CAPABILITY
