@@ -12,6 +12,7 @@
 
 #include "depthwise_image.h"
 #include "depthwise_tile.h"
+#include "gelu.h"
 #include "parallel.h"
 #include "stream.h"
 
@@ -27,7 +28,7 @@ FF_INLINE V activate(V x, Activation activation) {
     case Activation::kRelu:
       return x < 0 ? V{} : x;
     case Activation::kGelu:
-      return x * A(0.5) * (1 + erf(x * A(0.70710678118654752)));
+      return gated_gelu(x, broadcast(A(0.5)));
     case Activation::kSilu:
       return x / (1 + exp(-x));
     default:
@@ -51,15 +52,6 @@ FF_INLINE V derivative(V x, Activation activation) {
     default:
       return broadcast(A(1));
   }
-}
-
-// Whether whole vectors of y should go past the caches, and can: all of them are aligned.
-template <typename A>
-bool can_stream(const Image& y) {
-  const auto aligned = [&](int64_t stride) { return stride % kLanes<A> == 0; };
-  return should_stream<A>(y.batch * y.channels * y.rows * y.columns) &&
-         reinterpret_cast<uintptr_t>(y.data) % kVectorBytes == 0 && aligned(y.batch_stride) &&
-         aligned(y.row_stride) && aligned(std::max(y.column_stride, y.channel_stride));
 }
 
 // y = activation(sums), in y's type.
@@ -293,13 +285,15 @@ template <typename T, typename Finish>
 void convolve_blocks(const Image& x, const Filter<Accumulator<T>>& filter, const Finish& finish) {
   const int64_t dilation = filter.shape.row_dilation;
   const int64_t group = group_of(filter.shape) * dilation;
-  const int64_t groups = (x.rows + group - 1) / group;
-  parallel_for(0, x.batch * groups, 1, [&](int64_t begin, int64_t end) {
+  const int64_t groups = (x.rows + group - 1) / group, phases = std::min(dilation, x.rows);
+  // A unit is a lattice of a group, so that threads have alike to do: the groups of a dilated
+  // filter are few, and the last is short.
+  parallel_for(0, x.batch * groups * phases, 1, [&](int64_t begin, int64_t end) {
     Blocks<T, Finish> blocks(x, filter, finish);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit % groups * group, last = std::min(x.rows, first + group);
-      for (int64_t start = first; start < std::min(last, first + dilation); ++start)
-        blocks.lattice(unit / groups, start, last);
+      const int64_t first = unit / phases % groups * group, start = first + unit % phases;
+      const int64_t last = std::min(x.rows, first + group);
+      if (start < last) blocks.lattice(unit / phases / groups, start, last);
     }
     stream_fence();
   });

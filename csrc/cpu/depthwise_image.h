@@ -6,6 +6,7 @@
 
 #include "depthwise_tile.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace fastfusion::FF_CAPABILITY {
 
@@ -14,6 +15,15 @@ namespace fastfusion::FF_CAPABILITY {
 template <typename W, typename T, typename Y>
 void convolve_image(const Image& x, const FilterView& filter, bool flip, bool across,
                     const Image& y);
+
+// Whether whole vectors of y should go past the caches, and can: all of them are aligned.
+template <typename A>
+bool can_stream(const Image& y) {
+  const auto aligned = [&](int64_t stride) { return stride % kLanes<A> == 0; };
+  return should_stream<A>(y.batch * y.channels * y.rows * y.columns) &&
+         reinterpret_cast<uintptr_t>(y.data) % kVectorBytes == 0 && aligned(y.batch_stride) &&
+         aligned(y.row_stride) && aligned(std::max(y.column_stride, y.channel_stride));
+}
 
 // A line of sums as the tiles leave it: `columns` of one channel at (b, channel, row, column), or
 // as many pixels of `channels` channels, `step` apart.

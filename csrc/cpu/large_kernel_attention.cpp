@@ -1,14 +1,17 @@
 // VAN's large-kernel attention on the CPU.
 //
-// Forward: a unit is a strip of columns of a band of rows, all channels. It goes down the band,
-// keeps the rows of local(x) that the context filter spans in a slab, and takes each group of rows
-// through context, mix and the product with x while it is in the cache: nothing of the size of the
-// image is stored but the result. Backward: the intermediate images are made again, whole, across
-// the channels.
+// Forward: a unit is a strip of columns of a band of rows, all channels. It goes down the band by
+// groups of rows. Channel by channel (across the channels: vector by vector of them) the rows of
+// local(x) that the group's context filter spans are made in the first-level cache and filtered
+// again; those that the next group wants too are kept. When all channels are there, their rows go
+// through the mix, and the product with x is taken of its sums while they are in registers: nothing
+// of the size of the image is stored but the result. Backward: the intermediate images are made
+// again, whole, across the channels.
 #include "large_kernel_attention.h"
 
 #include "depthwise_image.h"
 #include "depthwise_slab.h"
+#include "stream.h"
 
 namespace fastfusion::FF_CAPABILITY {
 namespace {
@@ -34,31 +37,41 @@ FF_INLINE void multiply(Vector<A> (&sums)[R][V], int64_t depth, const A* a, int6
   }
 }
 
-// c[r, :] = a[r, :] b for `rows` rows and `columns` columns; c is written in whole vectors. With
-// `add` the product is added.
+// Where the products go that are stored as they are: in whole vectors, or added to what is there.
 template <typename A>
+struct Stored {
+  A* c;
+  int64_t row;
+  bool add = false;
+
+  FF_INLINE Vector<A> start(int64_t r, int64_t column) const {
+    return add ? load(c + r * row + column) : Vector<A>{};
+  }
+  FF_INLINE void put(int64_t r, int64_t column, Vector<A> sum) const {
+    store(c + r * row + column, sum);
+  }
+};
+
+// c[r, :] = a[r, :] b for `rows` rows and `columns` columns, these filled up to whole vectors. Each
+// vector of sums begins as `to.start` says and goes to `to.put`.
+template <typename A, typename To>
 struct Product {
   int64_t rows, columns, depth;
   const A* a;
   int64_t a_row, a_column;
   const A* b;
   int64_t b_row;
-  A* c;
-  int64_t c_row;
-  bool add = false;
+  To to;
 
   template <int R, int V>
   void tile(int64_t row, int64_t column) const {
     Vector<A> sums[R][V];
-    A* to = c + row * c_row + column;
     unroll<R>([&](auto r) FF_INLINED {
-      unroll<V>([&](auto v) FF_INLINED {
-        sums[r][v] = add ? load(to + r * c_row + v * kLanes<A>) : Vector<A>{};
-      });
+      unroll<V>([&](auto v) FF_INLINED { sums[r][v] = to.start(row + r, column + v * kLanes<A>); });
     });
     multiply<A, R, V>(sums, depth, a + row * a_row, a_row, a_column, b + column, b_row);
     unroll<R>([&](auto r) FF_INLINED {
-      unroll<V>([&](auto v) FF_INLINED { store(to + r * c_row + v * kLanes<A>, sums[r][v]); });
+      unroll<V>([&](auto v) FF_INLINED { to.put(row + r, column + v * kLanes<A>, sums[r][v]); });
     });
   }
   template <int V>
@@ -103,8 +116,41 @@ struct Mix {
 
 // -- forward --------------------------------------------------------------------------------------
 
+// y = x * (sums + bias) for one row of a strip from column `left` on. The sums' rows are channels
+// and their columns the strip's; across the channels, the other way round.
+template <typename T, bool kAcross>
+struct Gated {
+  using A = Accumulator<T>;
+  const Image& x;
+  const Image& y;
+  const A* bias;
+  int64_t b, row, left;
+  int64_t valid;  // columns of the sums that are real
+  bool streaming;
+
+  T* at(const Image& image, int64_t r, int64_t column) const {
+    return kAcross ? image.at<T>(b, column, row, left + r) : image.at<T>(b, r, row, left + column);
+  }
+  FF_INLINE Vector<A> start(int64_t r, int64_t column) const {
+    __builtin_prefetch(at(x, r, column));  // it comes while the sums are made
+    return kAcross ? load(bias + column) : broadcast(bias[r]);
+  }
+  FF_INLINE void put(int64_t r, int64_t column, Vector<A> sum) const {
+    const T* from = at(x, r, column);
+    T* to = at(y, r, column);
+    const int count = static_cast<int>(std::min<int64_t>(kLanes<A>, valid - column));
+    if (count < kLanes<A>) {
+      store(to, load(from, count) * sum, count);
+    } else if (std::is_same_v<T, A> && streaming) {
+      stream(to, load(from) * sum);
+    } else {
+      store(to, load(from) * sum);
+    }
+  }
+};
+
 // Columns left .. right - 1 of a band of rows: all of it but x is made and used here.
-template <typename T>
+template <typename T, bool kAcross>
 class Strip {
  public:
   using A = Accumulator<T>;
@@ -114,7 +160,6 @@ class Strip {
     return group_of(context) * context.row_dilation;
   }
 
-  // A band must start at a multiple of group_rows.
   Strip(const Image& x, const Filter<A>& local, const Filter<A>& context, const Mix<A>& mix,
         const Image& y, int64_t columns)
       : x_(x),
@@ -122,18 +167,20 @@ class Strip {
         local_(local),
         context_(context),
         mix_(mix),
-        across_(local.across),
+        streaming_(can_stream<A>(y)),
         rows_(group_rows(context.shape)),
         edge_(context.shape.column_padding()),
-        input_(across_, x.channels, kStep + 2 * local.shape.row_padding(),
-               columns + 2 * edge_ + 2 * local.shape.column_padding()),
-        // Rows are made kStep at a time from a multiple of kStep on, up to kStep - 1 too many.
-        made_(across_, x.channels,
-              round_up(rows_ + 2 * context.shape.row_padding() + 2 * kStep, kStep),
-              columns + 2 * edge_),
-        spread_(across_, x.channels, rows_, columns),
-        mixed_(across_ ? columns * mix.row : x.channels * round_up(columns, kLanes<A>)) {
-    spread_.clear();  // vectors at the end of a row are read whole
+        made_(kAcross, kChannels, rows_ + 2 * context.shape.row_padding(), columns + 2 * edge_),
+        input_(kAcross, kChannels,
+               rows_ + 2 * (context.shape.row_padding() + local.shape.row_padding()),
+               columns + 2 * (edge_ + local.shape.column_padding())),
+        kept_size_(2 * context.shape.row_padding() * made_.row_step()),
+        kept_((x.channels + kChannels - 1) / kChannels * kept_size_),
+        line_(kAcross ? mix.row : round_up(columns, kLanes<A>)),
+        // Rows of the group lie a little apart, else they would share a few sets of the cache.
+        row_step_((kAcross ? columns : x.channels) * line_ + 64 / sizeof(A)),
+        spread_(rows_ * row_step_) {
+    std::fill_n(spread_.get(), rows_ * row_step_, A(0));  // lines are read in whole vectors
   }
 
   void run(int64_t b, int64_t first, int64_t last, int64_t left, int64_t right) {
@@ -141,92 +188,196 @@ class Strip {
     made_.first_column = left - edge_;
     made_.clear();  // its columns beyond the image are zeros
     input_.first_column = left - edge_ - local_.shape.column_padding();
-    spread_.first_column = left;
-    int64_t made = std::max<int64_t>(0, first - padding) / kStep * kStep;
     for (int64_t row = first; row < last; row += rows_) {
       const int64_t end = std::min(last, row + rows_);
-      for (; made < std::min(x_.rows, end + padding); made += kStep)
-        make(b, made, std::min(x_.rows, made + kStep), std::max<int64_t>(0, left - edge_),
-             std::min(x_.columns, right + edge_));
-      convolve_slab(context_, 0, x_.channels, made_, x_.rows, spread_, row, end, left, right,
-                    pointers_);
-      for (int64_t i = row; i < end; ++i) finish(b, i, left, right);
+      const int64_t known = row == first ? row - padding : row + padding;
+      for (int64_t channel = 0; channel < x_.channels; channel += kChannels) {
+        A* kept = &kept_[channel / kChannels * kept_size_];
+        if (row > first) std::copy_n(kept, kept_size_, made_.at(0, 0, made_.first_column));
+        first_row_ = row - padding;  // of what is made
+        make(b, channel, std::max<int64_t>(0, known), std::min(x_.rows, end + padding),
+             std::max<int64_t>(0, left - edge_), std::min(x_.columns, right + edge_));
+        spread(channel, kept, row, end, left, right);
+        if (end < last) std::copy_n(made_.at(0, rows_, made_.first_column), kept_size_, kept);
+      }
+      for (int64_t i = row; i < end; ++i)
+        finish(b, i, &spread_[(i - row) * row_step_], left, right);
     }
   }
 
  private:
-  static constexpr int64_t kStep = kTileRows;
+  // Channels that are made together.
+  static constexpr int64_t kChannels = kAcross ? kLanes<A> : 1;
 
-  void make(int64_t b, int64_t first, int64_t last, int64_t left, int64_t right) {
-    const int64_t rows = local_.shape.row_padding(), columns = local_.shape.column_padding();
-    copy_into<T>(input_, across_, x_, b, 0, x_.channels, first - rows, last + rows, left - columns,
-                 right + columns);
-    convolve_slab(local_, 0, x_.channels, input_, x_.rows, made_, first, last, left, right,
-                  pointers_);
+  int64_t channels_from(int64_t channel) const {
+    return std::min(kChannels, x_.channels - channel);
+  }
+
+  // Convolve output rows first, first + dilation, ... before `last`; `locate` gives the place of an
+  // input row's first tap.
+  template <typename X, typename Locate>
+  void convolve_rows(const Filter<A>& filter, int64_t channel, Piece<X, A> piece, int64_t first,
+                     int64_t last, const Locate& locate) {
+    const FilterShape& shape = filter.shape;
+    std::vector<const X*>& input = pointers(X());
+    piece.count = (last - first + shape.row_dilation - 1) / shape.row_dilation;
+    input.resize(piece.count + shape.rows - 1);
+    for (int64_t i = 0; i < piece.count + shape.rows - 1; ++i) {
+      const int64_t row = first - shape.row_padding() + i * shape.row_dilation;
+      input[i] = row < 0 || row >= x_.rows ? nullptr : locate(row);
+    }
+    piece.input = input.data();
+    piece.channels = channels_from(channel);
+    convolve(filter, channel, piece);
+  }
+
+  // Rows first .. last - 1 and columns begin .. end - 1 of local(x).
+  void make(int64_t b, int64_t channel, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    if (first >= last) return;
+    const int64_t edge = local_.shape.column_padding();
+    if constexpr (kAcross) {
+      // x is read in place but where the filter reaches over its edge.
+      const bool readable = x_.channels_dense() && channels_from(channel) == kChannels;
+      const int64_t from = readable ? std::clamp(edge, begin, end) : end;
+      const int64_t to = readable ? std::clamp(x_.columns - edge, from, end) : end;
+      make_copied(b, channel, first, last, begin, from);
+      if (from < to) {
+        Piece<T, A> piece{
+            nullptr,          0, to - from, x_.column_stride, made_.step(), made_at(first, from),
+            made_.row_step(), 0};
+        convolve_rows(local_, channel, piece, first, last,
+                      [&](int64_t row) { return x_.at<T>(b, channel, row, from - edge); });
+      }
+      make_copied(b, channel, first, last, to, end);
+    } else {
+      make_copied(b, channel, first, last, begin, end);
+    }
+  }
+
+  void make_copied(int64_t b, int64_t channel, int64_t first, int64_t last, int64_t begin,
+                   int64_t end) {
+    if (begin >= end) return;
+    const int64_t padding = local_.shape.row_padding(), edge = local_.shape.column_padding();
+    const int64_t top = first - padding;
+    for (int64_t row = std::max<int64_t>(0, top); row < std::min(last + padding, x_.rows); ++row)
+      if constexpr (kAcross) {
+        copy_pixels<T>(x_, b, channel, channels_from(channel), row, begin - edge,
+                       end - begin + 2 * edge, input_.at(0, row - top, begin - edge),
+                       input_.step());
+      } else {
+        copy_columns<T>(x_, b, channel, row, begin - edge, end - begin + 2 * edge,
+                        input_.at(0, row - top, begin - edge));
+      }
+    const int64_t group = group_of(local_.shape);
+    for (int64_t row = first; row < last; row += group) {
+      Piece<A> piece{
+          nullptr,          0, end - begin, input_.step(), made_.step(), made_at(row, begin),
+          made_.row_step(), 0};
+      // The next channel's rows are fetched meanwhile; after the last one the next group's.
+      const bool more = channel + 1 < x_.channels;
+      piece.ahead = x_.at<T>(b, more ? channel + 1 : 0, row + padding + (more ? 0 : rows_), begin);
+      piece.ahead_row_step = x_.row_stride * sizeof(T);
+      piece.ahead_step = sizeof(T);
+      convolve_rows(local_, channel, piece, row, std::min(last, row + group),
+                    [&](int64_t i) { return input_.at(0, i - top, begin - edge); });
+    }
+  }
+
+  // context(local(x)) of the rows row .. end - 1 of a group. What was kept of the next channel is
+  // fetched meanwhile.
+  void spread(int64_t channel, const A* kept, int64_t row, int64_t end, int64_t left,
+              int64_t right) {
+    const int64_t dilation = context_.shape.row_dilation;
+    A* to = &spread_[kAcross ? channel : channel * line_];
+    for (int64_t start = row; start < std::min(end, row + dilation); ++start) {
+      Piece<A> piece{nullptr,
+                     0,
+                     right - left,
+                     made_.step(),
+                     kAcross ? line_ : 1,
+                     to + (start - row) * row_step_,
+                     row_step_ * dilation,
+                     0};
+      piece.ahead = kept + kept_size_ + (start - row) * made_.row_step();
+      piece.ahead_row_step = made_.row_step() * dilation * sizeof(A);
+      piece.ahead_step = sizeof(A);
+      convolve_rows(context_, channel, piece, start, end,
+                    [&](int64_t i) { return made_at(i, left - edge_); });
+    }
   }
 
   // One row: y = x * (mix * spread + bias).
-  void finish(int64_t b, int64_t row, int64_t left, int64_t right) {
-    constexpr int64_t kLane = kLanes<A>;
+  void finish(int64_t b, int64_t row, const A* spread, int64_t left, int64_t right) {
     const int64_t columns = right - left, channels = x_.channels;
-    const A* spread = spread_.at(0, row, left);
-    if (across_) {
-      Product<A>{columns, mix_.row,          channels, spread,       spread_.step(),
-                 1,       mix_.weight.get(), mix_.row, mixed_.get(), mix_.row}
+    const Gated<T, kAcross> gated{
+        x_, y_, mix_.bias.get(), b, row, left, kAcross ? channels : columns, streaming_};
+    if constexpr (kAcross) {
+      Product<A, Gated<T, true>>{columns, mix_.row,          channels, spread, line_,
+                                 1,       mix_.weight.get(), mix_.row, gated}
           .run();
     } else {
-      const int64_t width = round_up(columns, kLane);
-      Product<A>{channels,     width, channels, mix_.weight.get(),
-                 mix_.row,     1,     spread,   spread_.channel_step(),
-                 mixed_.get(), width}
+      Product<A, Gated<T, false>>{channels, round_up(columns, kLanes<A>),
+                                  channels, mix_.weight.get(),
+                                  mix_.row, 1,
+                                  spread,   line_,
+                                  gated}
           .run();
     }
-    // Lines of y that lie together: pixels across the channels, channels along the columns.
-    const int64_t lines = across_ ? columns : channels, length = across_ ? channels : columns;
-    const int64_t mixed_row = across_ ? mix_.row : round_up(columns, kLane);
-    for (int64_t line = 0; line < lines; ++line) {
-      const T* x = across_ ? x_.at<T>(b, 0, row, left + line) : x_.at<T>(b, line, row, left);
-      T* y = across_ ? y_.at<T>(b, 0, row, left + line) : y_.at<T>(b, line, row, left);
-      const A* mixed = &mixed_[line * mixed_row];
-      for (int64_t i = 0; i < length; i += kLane) {
-        const int count = static_cast<int>(std::min(kLane, length - i));
-        const Vector<A> bias = across_ ? load(&mix_.bias[i]) : broadcast(mix_.bias[line]);
-        store(y + i, load(x + i, count) * (load(mixed + i) + bias), count);
-      }
+  }
+
+  template <typename X>
+  std::vector<const X*>& pointers(X) {
+    if constexpr (std::is_same_v<X, A>) {
+      return pointers_;
+    } else {
+      return pointers_of_x_;
     }
   }
+  A* made_at(int64_t row, int64_t column) const { return made_.at(0, row - first_row_, column); }
 
   const Image& x_;
   const Image& y_;
   const Filter<A>& local_;
   const Filter<A>& context_;
   const Mix<A>& mix_;
-  bool across_;
-  int64_t rows_, edge_;
-  Slab<A> input_, made_, spread_;
-  Buffer<A> mixed_;
+  bool streaming_;
+  int64_t rows_, edge_, first_row_ = 0;
+  // Of one channel, or one vector of them: local(x) and the part of x that it is made of.
+  Slab<A> made_, input_;
+  // Of all channels: the last rows of local(x), which the next group begins with.
+  int64_t kept_size_;
+  Buffer<A> kept_;
+  // A group of rows of context(local(x)): (rows, C, columns) or (rows, columns, C).
+  int64_t line_, row_step_;
+  Buffer<A> spread_;
+  // Rows of what is made and of x, as pieces want them.
   std::vector<const A*> pointers_;
+  std::vector<const T*> pointers_of_x_;
 };
 
-template <typename T>
+template <typename T, bool kAcross>
 void forward(const Image& x, const FilterView& local_view, const FilterView& context_view,
-             const MixView& mix_view, bool across, const Image& y) {
+             const MixView& mix_view, const Image& y) {
   using A = Accumulator<T>;
-  const auto local = Filter<A>::template pack<T>(local_view, x.channels, across, false);
-  const auto context = Filter<A>::template pack<T>(context_view, x.channels, across, false);
-  const auto mix = Mix<A>::template pack<T>(mix_view, x.channels, across);
-  // A band and a strip are large against the halo that is made twice; bands are there for threads.
-  const int64_t tall = round_up(std::max<int64_t>(64, 6 * context.shape.row_padding()),
-                                Strip<T>::group_rows(context.shape));
-  const int64_t wide = std::max<int64_t>(64, 2 * context.shape.column_padding());
+  using Unit = Strip<T, kAcross>;
+  const auto local = Filter<A>::template pack<T>(local_view, x.channels, kAcross, false);
+  const auto context = Filter<A>::template pack<T>(context_view, x.channels, kAcross, false);
+  const auto mix = Mix<A>::template pack<T>(mix_view, x.channels, kAcross);
+  // A band and a strip are large against the halo that is made twice; what a strip keeps stays in
+  // the second-level cache. Bands of a strip follow one another: the last may be short, and threads
+  // would not have the same to do.
+  const int64_t tall = round_up(std::max<int64_t>(128, 6 * context.shape.row_padding()),
+                                Unit::group_rows(context.shape));
+  const int64_t wide = round_up(std::max<int64_t>(64, 2 * context.shape.column_padding()), 64);
   const int64_t bands = (x.rows + tall - 1) / tall, strips = (x.columns + wide - 1) / wide;
   parallel_for(0, x.batch * bands * strips, 1, [&](int64_t begin, int64_t end) {
-    Strip<T> strip(x, local, context, mix, y, std::min(wide, x.columns));
+    Unit strip(x, local, context, mix, y, std::min(wide, x.columns));
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / (bands * strips), first = unit / strips % bands * tall;
-      const int64_t left = unit % strips * wide;
+      const int64_t b = unit / (bands * strips), first = unit % bands * tall;
+      const int64_t left = unit / bands % strips * wide;
       strip.run(b, first, std::min(x.rows, first + tall), left, std::min(x.columns, left + wide));
     }
+    stream_fence();
   });
 }
 
@@ -260,6 +411,11 @@ void backward(const Image& grad, const Image& x, const FilterView& local, const 
   const int64_t width = round_up(channels, kLane);
   const auto mix = Mix<A>::template pack<T>(mix_view, channels, true);      // (in, out)
   const auto turned = Mix<A>::template pack<T>(mix_view, channels, false);  // (out, in)
+  const auto multiply = [&](int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row,
+                            int64_t a_column, const A* b, A* to, bool add = false) {
+    Product<A, Stored<A>>{rows, columns, depth, a, a_row, a_column, b, width, {to, width, add}}
+        .run();
+  };
 
   // `made` = local(x); `spread` = context(made), then the gradient of spread; `back` = grad *
   // mixed, the part of the gradient of x that does not go through the filters.
@@ -283,9 +439,7 @@ void backward(const Image& grad, const Image& x, const FilterView& local, const 
           const A* from = spread.pixel(first + p);
           std::fill(std::copy(from, from + channels, &c[p * width]), &c[(p + 1) * width], A(0));
         }
-        Product<A>{count, width,       channels, c.get(), width, 1, mix.weight.get(),
-                   width, mixed.get(), width}
-            .run();
+        multiply(count, width, channels, c.get(), width, 1, mix.weight.get(), mixed.get());
         std::fill_n(sums.get(), totals_size, A(0));
         for (int64_t p = 0; p < count; ++p) {
           const int64_t index = first + p, column = index % x.columns;
@@ -302,14 +456,10 @@ void backward(const Image& grad, const Image& x, const FilterView& local, const 
           }
         }
         // (in, out): c^T ga.
-        Product<A>{channels, width, count,      c.get(), 1,   width,
-                   ga.get(), width, sums.get(), width,   true}
-            .run();
+        multiply(channels, width, count, c.get(), 1, width, ga.get(), sums.get(), true);
         for (int64_t i = 0; i < totals_size; ++i) totals[group * totals_size + i] += sums[i];
         // The gradient of spread, in its place: ga (out, in).
-        Product<A>{count, width,       channels, ga.get(), width, 1, turned.weight.get(),
-                   width, mixed.get(), width}
-            .run();
+        multiply(count, width, channels, ga.get(), width, 1, turned.weight.get(), mixed.get());
         for (int64_t p = 0; p < count; ++p)
           std::copy_n(&mixed[p * width], channels, spread.pixel(first + p));
       }
@@ -360,7 +510,14 @@ void backward(const Image& grad, const Image& x, const FilterView& local, const 
 void large_kernel_attention(Type type, const Image& x, const FilterView& local,
                             const FilterView& context, const MixView& mix, bool across,
                             const Image& y) {
-  with_type(type, [&](auto zero) { forward<decltype(zero)>(x, local, context, mix, across, y); });
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    if (across) {
+      forward<T, true>(x, local, context, mix, y);
+    } else {
+      forward<T, false>(x, local, context, mix, y);
+    }
+  });
 }
 
 void large_kernel_attention_backward(Type type, const Image& grad, const Image& x,

@@ -86,6 +86,19 @@ def test_sums_that_only_the_transform_overflows() -> None:
     assert_close(ops.depthwise_conv2d(x, weight), truth, 2e-6, "output")
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gelu_far_from_zero_is_that_of_the_definition(layout: torch.memory_format) -> None:
+    if depthwise.why_no_cpp() is not None:
+        pytest.skip(f"cpp: {depthwise.why_no_cpp()}")
+    values = torch.tensor([-torch.inf, -1e30, -1e3, -20.0, 20.0, 1e30, torch.inf, torch.nan])
+    x = values.repeat(1, 17, 3, 1).contiguous(memory_format=layout)
+    found, expected = (
+        ops.depthwise_conv2d(x, torch.ones(17, 1, 1, 1), activation="gelu", backend=backend)
+        for backend in ("cpp", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12, equal_nan=True)
+
+
 def test_threads_change_no_bit() -> None:
     if depthwise.why_no_cpp() is not None:
         pytest.skip(f"cpp: {depthwise.why_no_cpp()}")
