@@ -1,6 +1,7 @@
 // The frequency filter: tensors in, tensors out.
 //
-// Torch's transforms and matrix products, the depthwise kernels, and what lies between them.
+// Our transforms (torch's for awkward sizes), torch's matrix products, the depthwise kernels, and
+// what lies between them.
 #include "../cpu/frequency_filter.h"
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 
 #include "../cpu/depthwise.h"
 #include "../cpu/parallel.h"
+#include "../cpu/spectrum.h"
 #include "frequency_filter.h"
 #include "schemas.h"
 
@@ -18,8 +20,35 @@ namespace {
 using namespace frequency;
 using torch::stable::select;
 
+// Dense, and without anything of autograd's.
+Tensor dense(const Tensor& x) { return torch::stable::contiguous(call("aten::detach", "", x)); }
+
+// An uninitialised tensor of what the kernels accumulate in for the dtype of x.
+Tensor empty_wide(const Tensor& x, const Sizes& shape) {
+  const ScalarType type =
+      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::empty(shape, type, std::nullopt, x.device(), std::nullopt,
+                              MemoryFormat::Contiguous);
+}
+
 bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 const void* data_of(const MaybeTensor& x) { return x ? x->data_ptr() : nullptr; }
+
+// mixing (2, D, C), or its transpose, times parts (B, 2, C, rows, columns), plus a bias (2, D).
+// The parts may be overwritten where they are not needed any more.
+Tensor mix(const Tensor& mixing, const Tensor& parts, const MaybeTensor& bias,
+           bool overwrite = false) {
+  const Tensor weights = torch::stable::contiguous(mixing);
+  const MixingShape shape{parts.size(0), weights.size(1), parts.size(2),
+                          parts.size(3) * parts.size(4)};
+  const Tensor mixed =
+      overwrite && shape.filters == shape.channels
+          ? parts
+          : empty_tensor(parts, {shape.batch, 2, shape.filters, parts.size(3), parts.size(4)});
+  FF_CALL(mix_parts)
+  (is_double(parts), shape, weights.data_ptr(), data_of(bias), parts.data_ptr(), mixed.data_ptr());
+  return mixed;
+}
 
 // -- zeros: half spectra --------------------------------------------------------------------------
 
@@ -50,8 +79,9 @@ void* part_of(const Tensor& parts, int64_t plane, int64_t part) {
   return static_cast<char*>(parts.data_ptr()) + index * size * (is_double(parts) ? 8 : 4);
 }
 
-// The parts (B, 2, C, H, W//2+1) of an image's spectrum, times `edge` or `inner`.
-Tensor parts_of(const Tensor& x, double edge, double inner) {
+// The parts (B, 2, C, H, W//2+1) of an image's spectrum, times `edge` or `inner`, by torch.
+Tensor parts_by_torch(const Tensor& given, double edge, double inner) {
+  const Tensor x = wide(given);
   const SpectrumShape shape{x.size(2), x.size(3)};
   const int64_t planes = x.size(0) * x.size(1);
   const Tensor flat = shaped(x, {planes, shape.rows, shape.columns});
@@ -69,6 +99,16 @@ Tensor parts_of(const Tensor& x, double edge, double inner) {
   return parts;
 }
 
+// The same; x is dense.
+Tensor parts_of(const Tensor& x, double edge, double inner) {
+  const SpectrumShape shape{x.size(2), x.size(3)};
+  if (!FF_CALL(takes_spectrum)(shape)) return parts_by_torch(x, edge, inner);
+  const Tensor parts = empty_wide(x, {x.size(0), 2, x.size(1), shape.rows, shape.bins()});
+  const bool finite = FF_CALL(spectrum_of_image)(type_of(x), shape, x.size(0), x.size(1),
+                                                 x.data_ptr(), edge, inner, parts.data_ptr());
+  return finite ? parts : parts_by_torch(x, edge, inner);
+}
+
 // Complex numbers (planes, rows, columns, 2) transformed back along rows or columns.
 Tensor inverted(const Tensor& x, int64_t dim, int64_t scaling) {
   const Tensor y = call("aten::_fft_c2c", "", as_complex(x), Sizes{dim}, scaling, false);
@@ -77,8 +117,9 @@ Tensor inverted(const Tensor& x, int64_t dim, int64_t scaling) {
   return as_real(torch::stable::contiguous(y));
 }
 
-// The image (B, C, H, W) of a half spectrum, as `frequency_filter2d` defines it.
-Tensor image_of(const Tensor& parts, int64_t width, double edge, double inner, int64_t scaling) {
+// The image (B, C, H, W) of a half spectrum, as `frequency_filter2d` defines it, by torch.
+Tensor image_by_torch(const Tensor& parts, int64_t width, double edge, double inner,
+                      int64_t scaling) {
   const SpectrumShape shape{parts.size(3), width};
   const int64_t planes = parts.size(0) * parts.size(2);
   const Tensor image = empty_tensor(parts, {parts.size(0), parts.size(2), shape.rows, width});
@@ -120,19 +161,44 @@ FilterView filter_of(const Tensor& kernel, const MaybeTensor& bias) {
   return {{size, size, 1, 1}, kernel.data_ptr(), data_of(bias)};
 }
 
+// The same, in the dtype of `like`, which has its width; each part filtered before where a filter
+// is given.
+Tensor image_of(const Tensor& parts, const Tensor& like, double edge, double inner, int64_t scaling,
+                const FilterView* filter = nullptr) {
+  const SpectrumShape shape{parts.size(3), like.size(3)};
+  if (!FF_CALL(takes_spectrum)(shape)) {
+    Tensor response = parts;
+    if (filter != nullptr) {
+      response = torch::stable::empty_like(parts);
+      FF_CALL(depthwise_conv2d)
+      (type_of(parts), channels_of(parts), *filter, Activation::kNone, false,
+       channels_of(response));
+    }
+    return narrow(image_by_torch(response, shape.columns, edge, inner, scaling), like);
+  }
+  const double scale =
+      scaling == kByLength ? 1.0 / static_cast<double>(shape.rows * shape.columns) : 1.0;
+  const Tensor image =
+      empty_tensor(like, {parts.size(0), parts.size(2), shape.rows, shape.columns});
+  FF_CALL(image_of_spectrum)
+  (type_of(image), shape, parts.size(0), parts.size(2), parts.data_ptr(), filter, edge * scale,
+   inner * scale, image.data_ptr());
+  return image;
+}
+
 // Filter each channel of (B, C, H, K), with or without a bias.
 void filter(const Tensor& kernel, const MaybeTensor& bias, const Image& from, const Image& to) {
   FF_CALL(depthwise_conv2d)
   (type_of(kernel), from, filter_of(kernel, bias), Activation::kNone, false, to);
 }
 
-// The arguments of both operators in the precision of the kernels.
+// The arguments of both operators: the image as it is, the others in the kernels' precision.
 struct Arguments {
   Tensor x, mixing, kernel;
   MaybeTensor mixing_bias, gain, bias;
   Arguments(const Tensor& x, const Tensor& mixing, const Tensor& kernel,
             const MaybeTensor& mixing_bias, const MaybeTensor& gain, const MaybeTensor& bias)
-      : x(wide(x)),
+      : x(dense(x)),
         mixing(wide(mixing)),
         kernel(wide(kernel)),
         mixing_bias(wide(mixing_bias)),
@@ -164,24 +230,24 @@ Gradients response_backward(const Tensor& grad, const Arguments& of,
     // The adjoint of the transform is the inverse's: columns that stand for two are counted once.
     const Tensor grad_parts =
         mix(torch::stable::transpose(of.mixing, 1, 2), *grad_mixed, std::nullopt);
-    found[kX] = image_of(grad_parts, of.x.size(3), 1, 0.5, kNotScaled);
+    found[kX] = image_of(grad_parts, of.x, 1, 0.5, kNotScaled);
   }
   return found;
 }
 
 Tensor zeros_forward(const Arguments& of) {
-  const Tensor mixed = mix(of.mixing, parts_of(of.x, 1, 1), of.mixing_bias);
-  const Tensor response = torch::stable::empty_like(mixed);
-  filter(torch::stable::contiguous(with_gain(of.kernel, of.gain)), of.bias, channels_of(mixed),
-         channels_of(response));
-  return image_of(response, of.x.size(3), 1, 1, kByLength);
+  const Tensor mixed = mix(of.mixing, parts_of(of.x, 1, 1), of.mixing_bias, true);
+  const Tensor kernel = torch::stable::contiguous(with_gain(of.kernel, of.gain));
+  const FilterView filter = filter_of(kernel, of.bias);
+  return image_of(mixed, of.x, 1, 1, kByLength, &filter);
 }
 
-Gradients zeros_backward(const Tensor& grad, const Arguments& of, const std::vector<bool>& mask) {
+Gradients zeros_backward(const Tensor& given, const Arguments& of, const std::vector<bool>& mask) {
   // The adjoint of the inverse is the transform, its inner columns counted twice.
   const double scale = 1.0 / static_cast<double>(of.x.size(2) * of.x.size(3));
-  Gradients found = response_backward(parts_of(grad, scale, 2 * scale), of, mask);
+  Gradients found = response_backward(parts_of(dense(given), scale, 2 * scale), of, mask);
   if (mask[kBias]) {
+    const Tensor grad = wide(given);
     found[kBias] = empty_tensor(grad, {2, grad.size(1)});
     FF_CALL(constant_gradients)
     (is_double(grad), {grad.size(2), grad.size(3)}, grad.size(0), grad.size(1), grad.data_ptr(),
@@ -196,30 +262,23 @@ CircularShape circular_shape(const Tensor& x, int64_t channels, int64_t filter) 
   return {x.size(0), channels, x.size(2), x.size(3), filter};
 }
 
-struct Folded {
-  Tensor parts, poison;
-};
-
 // The even and the odd part of an image in its upper half.
-Folded fold(const Tensor& x, double weight) {
+Tensor fold(const Tensor& given, double weight) {
+  const Tensor x = wide(given);
   const CircularShape shape = circular_shape(x, x.size(1), 1);
-  Folded folded{empty_tensor(x, {shape.batch, 2, shape.channels, shape.half(), shape.columns}),
-                empty_tensor(x, {shape.batch, shape.channels})};
-  FF_CALL(circular_fold)
-  (is_double(x), shape, x.data_ptr(), weight, folded.parts.data_ptr(), folded.poison.data_ptr());
-  return folded;
+  const Tensor parts =
+      empty_tensor(x, {shape.batch, 2, shape.channels, shape.half(), shape.columns});
+  FF_CALL(circular_fold)(is_double(x), shape, x.data_ptr(), weight, parts.data_ptr());
+  return parts;
 }
 
 Tensor circular_forward(const Arguments& of) {
-  const Folded folded = fold(of.x, 1);
-  const Tensor mixed = mix(of.mixing, folded.parts, std::nullopt);
   const Tensor filters = torch::stable::contiguous(with_gain(of.kernel, of.gain));
   const CircularShape shape = circular_shape(of.x, filters.size(1), filters.size(2));
   const Tensor y = empty_tensor(of.x, {shape.batch, shape.channels, shape.rows, shape.columns});
-  FF_CALL(circular_unfold)
-  (is_double(of.x), shape, mixed.data_ptr(), filters.data_ptr(),
-   {data_of(of.mixing_bias), data_of(of.bias)}, folded.poison.data_ptr(), of.x.size(1),
-   y.data_ptr());
+  FF_CALL(circular_filter)
+  (type_of(of.x), shape, of.x.size(1), of.x.data_ptr(), of.mixing.data_ptr(), filters.data_ptr(),
+   {data_of(of.mixing_bias), data_of(of.bias)}, y.data_ptr());
   return y;
 }
 
@@ -228,25 +287,21 @@ Gradients circular_backward(const Tensor& grad, const Arguments& of,
   Gradients found;
   const Tensor filters = torch::stable::contiguous(with_gain(of.kernel, of.gain));
   const CircularShape shape = circular_shape(grad, filters.size(1), filters.size(2));
-  const Tensor mixed = mix(of.mixing, fold(of.x, 1).parts, std::nullopt);
+  const Tensor mixed = mix(of.mixing, fold(of.x, 1), std::nullopt);
   const Tensor grad_mixed = torch::stable::empty_like(mixed);
   const Tensor grad_filters = torch::stable::empty_like(filters);
-  FF_CALL(circular_unfold_backward)
+  FF_CALL(circular_windows_backward)
   (is_double(grad), shape, grad.data_ptr(), mixed.data_ptr(), filters.data_ptr(),
-   {data_of(of.mixing_bias), nullptr}, grad_mixed.data_ptr(), grad_filters.data_ptr());
+   data_of(of.mixing_bias), grad_mixed.data_ptr(), grad_filters.data_ptr());
   put_kernel(grad_filters, of.kernel, of.gain, found);
   if (mask[kMixingBias]) found[kMixingBias] = of_real_part(origin(select(grad_mixed, 1, 0)));
   if (mask[kBias]) found[kBias] = of_real_part(origin(grad));
-  if (mask[kMixing]) found[kMixing] = mixing_gradient(grad_mixed, fold(of.x, 2).parts);
+  if (mask[kMixing]) found[kMixing] = mixing_gradient(grad_mixed, fold(of.x, 2));
   if (mask[kX]) {
     const Tensor parts = mix(torch::stable::transpose(of.mixing, 1, 2), grad_mixed, std::nullopt);
-    const CircularShape of_x = circular_shape(grad, of.x.size(1), 1);
-    Tensor ones = empty_tensor(grad, {2, of_x.channels});
-    torch::stable::fill_(ones, 1.0);
-    const Tensor grad_x = torch::stable::empty_like(of.x);
+    const Tensor grad_x = empty_wide(of.x, shape_of(of.x));
     FF_CALL(circular_unfold)
-    (is_double(grad), of_x, parts.data_ptr(), ones.data_ptr(), {nullptr, nullptr}, nullptr, 0,
-     grad_x.data_ptr());
+    (is_double(grad), circular_shape(grad, of.x.size(1), 1), parts.data_ptr(), grad_x.data_ptr());
     found[kX] = grad_x;
   }
   return found;
@@ -265,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequency_filter2d_ba
     Tensor grad, Tensor x, Tensor mixing, Tensor kernel, MaybeTensor mixing_bias, MaybeTensor gain,
     MaybeTensor bias, Word padding_mode, std::vector<bool> mask) {
   const Arguments of(x, mixing, kernel, mixing_bias, gain, bias);
-  const Gradients found = padding_mode.text == "zeros" ? zeros_backward(wide(grad), of, mask)
+  const Gradients found = padding_mode.text == "zeros" ? zeros_backward(grad, of, mask)
                                                        : circular_backward(wide(grad), of, mask);
   const auto of_mask = [&](int index) { return wanted(found, mask, x, index); };
   return {of_mask(kX),          of_mask(kMixing), of_mask(kKernel),
@@ -289,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frequency_response2d_backward(
     Tensor grad_real, Tensor grad_imag, Tensor x, Tensor mixing, Tensor kernel,
     MaybeTensor mixing_bias, std::vector<bool> mask) {
   const Arguments of(x, mixing, kernel, mixing_bias, std::nullopt, std::nullopt);
-  const Tensor grad = joined(grad_real, grad_imag, of.x);
+  const Tensor grad = joined(grad_real, grad_imag, of.mixing);
   const std::vector<bool> all = {mask[0], mask[1], mask[2], mask[3], false, false};
   const Gradients found = response_backward(grad, of, all);
   const auto of_mask = [&](int index) { return wanted(found, mask, x, index); };

@@ -34,13 +34,6 @@ inline Tensor lines(const Tensor& parts) {
                 {parts.size(0), parts.size(1), parts.size(2), parts.size(3) * parts.size(4)});
 }
 
-// mixing (2, D, C), or its transpose, times parts (B, 2, C, rows, columns), plus a bias (2, D).
-inline Tensor mix(const Tensor& mixing, const Tensor& parts, const MaybeTensor& bias) {
-  Tensor mixed = torch::stable::matmul(mixing, lines(parts));
-  if (bias) mixed = plus(mixed, shaped(*bias, {2, bias->size(1), 1}));
-  return shaped(mixed, {parts.size(0), 2, mixing.size(1), parts.size(3), parts.size(4)});
-}
-
 // The gradient of the mixing matrices: that of the mixed parts times the parts.
 inline Tensor mixing_gradient(const Tensor& grad_mixed, const Tensor& parts) {
   const Tensor turned = torch::stable::transpose(lines(parts), 2, 3);

@@ -1,21 +1,23 @@
 // The frequency filter on the CPU.
 //
-// Zeros: torch transforms, a matrix product mixes, the depthwise kernel filters. A plane is
-// transformed whole while it is in the second-level cache; the kernels here bring it from one's
-// layout to the other's there, and scale in passing. Back along the rows, two rows share one
-// complex transform: it takes four fifths of the time of the real one, and its result does not
-// depend on the number of threads, as that of the real one does.
+// Zeros: spectrum.cpp transforms, and filters each plane on its way back; here is what mixes. For
+// sizes that it does not take torch transforms, a plane at a time while it is in the second-level
+// cache, and the kernels here bring it from one's layout to the other's there. Back along the rows,
+// two rows share one complex transform: it takes four fifths of the time of the real one, and its
+// result does not depend on the number of threads, as that of the real one does.
 //
 // Circular: no transform. Row h and its mirror -h are walked together: the even and the odd part of
-// the two make one row each, so that mixing has half of the work. The windows are never stored:
-// C[h, w] = sum_dy cos(dy h') A_dy[w] - sin(dy h') B_dy[w], h' = 2 pi h / H, needs m products a
-// pixel from 2 m rows that stay in the first-level cache.
+// the two make one row each, so that mixing has half of the work. A tile of a few rows goes from
+// pixels to results at once. The windows are never stored: C[h, w] = sum_dy cos(dy h') A_dy[w] -
+// sin(dy h') B_dy[w], h' = 2 pi h / H, needs m products a pixel from 2 m rows that stay in the
+// cache.
 #include "frequency_filter.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "block.h"
 #include "parallel.h"
 #include "shuffles.h"
 #include "vector.h"
@@ -30,6 +32,54 @@ void with_real(bool is_double, const F& f) {
     f(double());
   else
     f(float());
+}
+
+// -- mixing ---------------------------------------------------------------------------------------
+
+// Pixels that are mixed at once: so many of 64 channels take a fifth of the second-level cache.
+constexpr int64_t kMixedPixels = 768;
+
+// One of the two mixing matrices (2, filters, channels), with its bias (2, filters) or none.
+template <typename A>
+Panels<A> pack_part(Scratch<A>& memory, const A* mixing, const A* bias, int64_t part, int filters,
+                    int channels) {
+  return pack(
+      memory.take(Panels<A>::size(filters, channels)), filters, channels,
+      [&](int row, int k) { return mixing[(part * filters + row) * channels + k]; },
+      [&](int row) { return bias == nullptr ? A(0) : bias[part * filters + row]; });
+}
+
+template <typename A>
+void mix(const MixingShape& shape, const A* mixing, const A* bias, const A* parts, A* mixed) {
+  constexpr int64_t lane = kLanes<A>;
+  const int filters = static_cast<int>(shape.filters), channels = static_cast<int>(shape.channels);
+  Scratch<A> weights(2 * Scratch<A>::round_up(Panels<A>::size(filters, channels)));
+  Panels<A> panels[2];
+  for (int part : {0, 1}) panels[part] = pack_part(weights, mixing, bias, part, filters, channels);
+  const int64_t chunks = (shape.pixels + kMixedPixels - 1) / kMixedPixels;
+  parallel_for(0, shape.batch * 2 * chunks, 1, [&](int64_t begin, int64_t end) {
+    // The block that is mixed lies in the cache, its rows filled up with zeros: so the result may
+    // go where the parts came from.
+    Scratch<A> scratch((channels * kMixedPixels + filters * lane));
+    const Block<A> from{scratch.take(channels * kMixedPixels), kMixedPixels, lane};
+    const Block<A> edge = dense_block(scratch.take(filters * lane), 1);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / chunks, first = task % chunks * kMixedPixels;
+      const int64_t count = std::min(kMixedPixels, shape.pixels - first);
+      const int whole = static_cast<int>(count / lane), rest = static_cast<int>(count % lane);
+      const A* in = parts + image * channels * shape.pixels + first;
+      for (int c = 0; c < channels; ++c, in += shape.pixels) {
+        for (int i = 0; i < whole; ++i) store(from.at(c, i), load(in + i * lane));
+        if (rest > 0) store(from.at(c, whole), load(in + whole * lane, rest));
+      }
+      const Block<A> out{mixed + image * filters * shape.pixels + first, shape.pixels, lane};
+      const Panels<A>& matrix = panels[image % 2];
+      project(matrix, from, whole, out);
+      if (rest == 0) continue;
+      project(matrix, Block<A>{from.at(0, whole), from.row, lane}, 1, edge);
+      for (int d = 0; d < filters; ++d) store(out.at(d, whole), load(edge.at(d, 0)), rest);
+    }
+  });
 }
 
 // -- half spectra ---------------------------------------------------------------------------------
@@ -216,30 +266,47 @@ FF_INLINE void mirror(const A* from, int64_t count, A* to) {
   });
 }
 
-// cos(2 pi i / n) and sin(2 pi i / n) for i in [0, n).
-struct Circle {
-  std::vector<double> cosine, sine;
-  explicit Circle(int64_t n) : cosine(n), sine(n) {
+// cos(2 pi d i / n) and sin(2 pi d i / n): a row of i in [0, n) for each d in [0, reach].
+class Waves {
+ public:
+  Waves(int64_t reach, int64_t n) : n_(n), cosine_((reach + 1) * n), sine_((reach + 1) * n) {
+    std::vector<double> cosine(n), sine(n);
     for (int64_t i = 0; i < n; ++i) {
       const double angle = 2 * M_PI * static_cast<double>(i) / static_cast<double>(n);
       cosine[i] = std::cos(angle);
       sine[i] = std::sin(angle);
     }
+    for (int64_t d = 0; d <= reach; ++d)
+      for (int64_t i = 0, turn = 0; i < n; ++i) {
+        cosine_[d * n + i] = cosine[turn];
+        sine_[d * n + i] = sine[turn];
+        turn += d % n;
+        if (turn >= n) turn -= n;
+      }
   }
-  int64_t at(int64_t step, int64_t i) const {
-    const int64_t n = static_cast<int64_t>(cosine.size());
-    return (step * i % n + n) % n;
-  }
-  double cos(int64_t step, int64_t i) const { return cosine[at(step, i)]; }
-  double sin(int64_t step, int64_t i) const { return sine[at(step, i)]; }
+  const double* cos(int64_t d) const { return &cosine_[d * n_]; }
+  const double* sin(int64_t d) const { return &sine_[d * n_]; }
+
+ private:
+  int64_t n_;
+  std::vector<double> cosine_, sine_;
 };
+
+// The factors of the windows' terms in row h: cosines, then sines.
+template <typename A>
+void set_factors(const Waves& rows, int64_t reach, int64_t h, A* factors) {
+  for (int64_t dy = 0; dy <= reach; ++dy) {
+    factors[dy] = static_cast<A>(rows.cos(dy)[h]);
+    if (dy > 0) factors[reach + dy] = static_cast<A>(rows.sin(dy)[h]);
+  }
+}
 
 // The window of one filter, C[h, w] = sum over d of filter[d] cos(2 pi d . (h/H, w/W)), as the
 // `terms` = m products of a function of h and a row of w: cosines, then sines.
 template <typename A>
 class Window {
  public:
-  Window(const CircularShape& shape, const Circle& rows, const Circle& columns)
+  Window(const CircularShape& shape, const Waves& rows, const Waves& columns)
       : reach_(shape.filter / 2),
         width_(shape.columns),
         rows_(rows),
@@ -247,23 +314,35 @@ class Window {
         table_(shape.filter * width_),
         factor_(shape.filter) {}
 
+  // Opposite taps share a cosine, and a sine but for its sign.
   void set(const A* filter) {
-    for (int64_t dy = 0; dy <= reach_; ++dy)
-      for (int64_t w = 0; w < width_; ++w) {
-        double cosine = 0, sine = 0;
-        for (int64_t dx = -reach_; dx <= reach_; ++dx) {
-          const double below = filter[tap(dy, dx)], above = dy == 0 ? 0 : filter[tap(-dy, dx)];
-          cosine += (below + above) * columns_.cos(dx, w);
-          sine -= (below - above) * columns_.sin(dx, w);
+    std::vector<double> cosine(width_), sine(width_);
+    for (int64_t dy = 0; dy <= reach_; ++dy) {
+      std::fill(cosine.begin(), cosine.end(), 0.0);
+      std::fill(sine.begin(), sine.end(), 0.0);
+      for (int64_t dx = 0; dx <= reach_; ++dx) {
+        const double right = filter[tap(dy, dx)], left = dx == 0 ? 0 : filter[tap(dy, -dx)];
+        const double above_right = dy == 0 ? 0 : filter[tap(-dy, dx)];
+        const double above_left = dy == 0 || dx == 0 ? 0 : filter[tap(-dy, -dx)];
+        const double even = right + left + above_right + above_left;
+        const double odd = right - left - (above_right - above_left);
+        const double *c = columns_.cos(dx), *s = columns_.sin(dx);
+        for (int64_t w = 0; w < width_; ++w) {
+          cosine[w] += even * c[w];
+          sine[w] -= odd * s[w];
         }
-        table_[dy * width_ + w] = static_cast<A>(cosine);
-        if (dy > 0) table_[(reach_ + dy) * width_ + w] = static_cast<A>(sine);
       }
+      for (int64_t w = 0; w < width_; ++w) {
+        table_[dy * width_ + w] = static_cast<A>(cosine[w]);
+        if (dy > 0) table_[(reach_ + dy) * width_ + w] = static_cast<A>(sine[w]);
+      }
+    }
   }
+  const A* term(int64_t index) const { return &table_[index * width_]; }
 
   // The window's row h, which is then in row().
   void move(int64_t h) {
-    set_factors(h);
+    set_factors(rows_, reach_, h, factor_.data());
     row_.resize(width_);
     each<A>(width_, [&](auto wide, int64_t w) FF_INLINED {
       auto sum = get(wide, &table_[w]) * factor_[0];
@@ -277,7 +356,7 @@ class Window {
   // The other way round: add a row's gradient to `sums` (terms, W), and bring these to the
   // filter's.
   void collect(int64_t h, const A* grad, A* sums) {
-    set_factors(h);
+    set_factors(rows_, reach_, h, factor_.data());
     for (int64_t term = 0; term < terms(); ++term) {
       A* to = sums + term * width_;
       each<A>(width_, [&](auto wide, int64_t w) FF_INLINED {
@@ -286,32 +365,25 @@ class Window {
     }
   }
   void finish(const A* sums, A* grad_filter) const {
-    for (int64_t dy = -reach_; dy <= reach_; ++dy)
-      for (int64_t dx = -reach_; dx <= reach_; ++dx) {
-        double sum = 0;
-        for (int64_t w = 0; w < width_; ++w) {
-          sum += sums[std::abs(dy) * width_ + w] * columns_.cos(dx, w);
-          if (dy != 0) {
-            const double sine = sums[(reach_ + std::abs(dy)) * width_ + w] * columns_.sin(dx, w);
-            sum -= dy > 0 ? sine : -sine;
-          }
-        }
-        grad_filter[tap(dy, dx)] = static_cast<A>(sum);
+    for (int64_t dy = 0; dy <= reach_; ++dy)
+      for (int64_t dx = 0; dx <= reach_; ++dx) {
+        const A *even = sums + dy * width_, *odd = sums + (reach_ + dy) * width_;
+        const double *c = columns_.cos(dx), *s = columns_.sin(dx);
+        double cosine = 0, sine = 0;
+        for (int64_t w = 0; w < width_; ++w) cosine += even[w] * c[w];
+        if (dy > 0)
+          for (int64_t w = 0; w < width_; ++w) sine += odd[w] * s[w];
+        grad_filter[tap(dy, dx)] = grad_filter[tap(-dy, -dx)] = static_cast<A>(cosine - sine);
+        grad_filter[tap(dy, -dx)] = grad_filter[tap(-dy, dx)] = static_cast<A>(cosine + sine);
       }
   }
   int64_t terms() const { return 2 * reach_ + 1; }
 
  private:
   int64_t tap(int64_t dy, int64_t dx) const { return (dy + reach_) * terms() + dx + reach_; }
-  void set_factors(int64_t h) {
-    for (int64_t dy = 0; dy <= reach_; ++dy) {
-      factor_[dy] = static_cast<A>(rows_.cos(dy, h));
-      if (dy > 0) factor_[reach_ + dy] = static_cast<A>(rows_.sin(dy, h));
-    }
-  }
 
   const int64_t reach_, width_;
-  const Circle &rows_, &columns_;
+  const Waves &rows_, &columns_;
   std::vector<A> table_, factor_, row_;
 };
 
@@ -332,7 +404,7 @@ FF_INLINE void fold_row(const CircularShape& shape, const A* plane, int64_t h, A
 }
 
 template <typename A>
-void fold(const CircularShape& shape, const A* x, A weight, A* parts, A* poison) {
+void fold(const CircularShape& shape, const A* x, A weight, A* parts) {
   const int64_t size = shape.rows * shape.columns, half = shape.half() * shape.columns;
   parallel_for(0, shape.batch * shape.channels, 1, [&](int64_t first, int64_t last) {
     std::vector<A> mirrored(shape.columns);
@@ -340,77 +412,246 @@ void fold(const CircularShape& shape, const A* x, A weight, A* parts, A* poison)
       const int64_t b = plane / shape.channels, c = plane % shape.channels;
       A* even = parts + (b * 2 * shape.channels + c) * half;
       A* odd = even + shape.channels * half;
-      const A* from = x + plane * size;
-      Vector<A> nothing = {};
-      A rest = 0;
-      for (int64_t h = 0; h < shape.half(); ++h) {
-        const bool alone = mirror_row(shape, h) == h;
-        A* even_row = even + h * shape.columns;
-        fold_row(shape, from, h, (alone ? 1 : weight) * A(0.5), mirrored.data(), even_row,
-                 odd + h * shape.columns);
-        // The even part is finite only where both its rows are (or it overflows, like a transform).
-        each<A>(shape.columns, [&](auto wide, int64_t w) FF_INLINED {
-          if constexpr (wide)
-            nothing += load(even_row + w) * A(0);
-          else
-            rest += even_row[w] * A(0);
-        });
-      }
-      poison[plane] = rest + sum(nothing);
+      for (int64_t h = 0; h < shape.half(); ++h)
+        fold_row(shape, x + plane * size, h, (mirror_row(shape, h) == h ? 1 : weight) * A(0.5),
+                 mirrored.data(), even + h * shape.columns, odd + h * shape.columns);
     }
   });
 }
 
+// The sum of an even and an odd part.
 template <typename A>
-void unfold(const CircularShape& shape, const A* parts, const A* filters, const A* mixing_bias,
-            const A* last_bias, const A* poison, int64_t poisons, A* y) {
+void unfold(const CircularShape& shape, const A* parts, A* x) {
   const int64_t width = shape.columns, size = shape.rows * width, half = shape.half() * width;
-  const Circle rows(shape.rows), columns(width);
-  const int64_t taps = shape.filter * shape.filter;
   parallel_for(0, shape.batch * shape.channels, 1, [&](int64_t first, int64_t last) {
-    Window<A> even_window(shape, rows, columns), odd_window(shape, rows, columns);
-    std::vector<A> mirrored(width), below(width), origin(width);
+    std::vector<A> below(width);
     for (int64_t plane = first; plane < last; ++plane) {
-      const int64_t b = plane / shape.channels, d = plane % shape.channels;
-      even_window.set(filters + d * taps);
-      odd_window.set(filters + (shape.channels + d) * taps);
-      const A* even = parts + (b * 2 * shape.channels + d) * half;
+      const int64_t b = plane / shape.channels, c = plane % shape.channels;
+      const A* even = parts + (b * 2 * shape.channels + c) * half;
       const A* odd = even + shape.channels * half;
-      A everywhere = 0, first_mixed = 0, first_last = 0;
-      for (int64_t i = 0; i < poisons; ++i) everywhere += poison[b * poisons + i];
-      for (const A* bias : {mixing_bias, last_bias})
-        if (bias != nullptr) everywhere += (bias[d] + bias[shape.channels + d]) * A(0);
-      if (mixing_bias != nullptr) first_mixed = mixing_bias[d];
-      if (last_bias != nullptr) first_last = last_bias[d];
-      for (int64_t h = 0; h < shape.half(); ++h) {
-        even_window.move(h);
-        odd_window.move(h);
-        const A *e = even + h * width, *o = odd + h * width;
-        if (h == 0) {
-          std::copy_n(e, width, origin.data());
-          origin[0] += first_mixed;
-          e = origin.data();
-        }
-        A* above = y + plane * size + h * width;
+      for (int64_t h = 0; h < shape.half(); ++h, even += width, odd += width) {
+        A* above = x + plane * size + h * width;
         each<A>(width, [&](auto wide, int64_t w) FF_INLINED {
-          const auto p = get(wide, e + w) * get(wide, even_window.row() + w) + everywhere;
-          const auto q = get(wide, o + w) * get(wide, odd_window.row() + w);
+          const auto p = get(wide, even + w), q = get(wide, odd + w);
           put(wide, above + w, p + q);
           put(wide, &below[w], p - q);
         });
-        if (h == 0) above[0] += first_last;
         const int64_t other = mirror_row(shape, h);
-        if (other != h) mirror(below.data(), width, y + plane * size + other * width);
+        if (other != h) mirror(below.data(), width, x + plane * size + other * width);
       }
     }
   });
 }
 
+// The whole filter, tile by tile: kTileRows rows of the upper half with their mirror images, of
+// kTileColumns columns and all channels, go from pixels to results within the second-level cache.
+// What else it reads are the windows' rows of these columns, which the next tile needs again.
+constexpr int64_t kTileRows = 3, kTileColumns = 64;
+
+// The lanes [0, count) of a row at -(first + lane), indices modulo `width`.
+template <typename T>
+FF_INLINE Vector<Accumulator<T>> load_mirrored(const T* row, int64_t width, int64_t first,
+                                               int count) {
+  using A = Accumulator<T>;
+  if (first > 0 && count == kLanes<A>) return reverse<A>(load(row + width - first - kLanes<A> + 1));
+  Vector<A> values{};
+  for (int i = 0; i < count; ++i) values[i] = widen(row[first + i == 0 ? 0 : width - first - i]);
+  return values;
+}
+template <typename T>
+FF_INLINE void store_mirrored(T* row, int64_t width, int64_t first, Vector<Accumulator<T>> values,
+                              int count) {
+  using A = Accumulator<T>;
+  if (first > 0 && count == kLanes<A>)
+    return store(row + width - first - kLanes<A> + 1, reverse<A>(values));
+  for (int i = 0; i < count; ++i)
+    row[first + i == 0 ? 0 : width - first - i] = narrow<T>(values[i]);
+}
+
+template <typename T>
+class CircularFilter {
+ public:
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  static constexpr int64_t kLane = kLanes<A>;
+
+  CircularFilter(const CircularShape& shape, int64_t inputs, const T* x, const A* mixing,
+                 const A* filters, const A* mixing_bias, const A* last_bias, T* y)
+      : shape_(shape),
+        inputs_(inputs),
+        chunks_((shape.columns + kTileColumns - 1) / kTileColumns),
+        bands_((shape.half() + kTileRows - 1) / kTileRows),
+        x_(x),
+        mixing_bias_(mixing_bias),
+        last_bias_(last_bias),
+        y_(y),
+        rows_(shape.filter / 2, shape.rows),
+        weights_(2 * Scratch<A>::round_up(Panels<A>::size(shape.channels, inputs))),
+        windows_(chunks_ * shape.channels * 2 * shape.filter * kTileColumns),
+        poison_(shape.batch * chunks_ * bands_) {
+    for (int part : {0, 1})
+      panels_[part] = pack_part<A>(weights_, mixing, nullptr, part,
+                                   static_cast<int>(shape.channels), static_cast<int>(inputs));
+    make_windows(filters);
+  }
+
+  void run() {
+    parallel_for(0, shape_.batch * chunks_ * bands_, 1, [&](int64_t begin, int64_t end) {
+      Tile tile(*this);
+      for (int64_t task = begin; task < end; ++task)
+        poison_[task] = tile.run(task / bands_ / chunks_, task / bands_ % chunks_ * kTileColumns,
+                                 task % bands_ * kTileRows);
+    });
+    // The transform would spread what is not finite over its image.
+    const int64_t tiles = chunks_ * bands_, size = shape_.channels * shape_.rows * shape_.columns;
+    for (int64_t b = 0; b < shape_.batch; ++b) {
+      A everywhere = 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) everywhere += poison_[b * tiles + tile];
+      if (everywhere != everywhere) std::fill_n(y_ + b * size, size, narrow<T>(everywhere));
+    }
+  }
+
+ private:
+  // The windows' terms as the tiles read them: (chunk, channel, part, term, kTileColumns).
+  A* window(int64_t chunk, int64_t channel, int64_t part) {
+    return &windows_[((chunk * shape_.channels + channel) * 2 + part) * shape_.filter *
+                     kTileColumns];
+  }
+  void make_windows(const A* filters) {
+    const Waves columns(shape_.filter / 2, shape_.columns);
+    const int64_t taps = shape_.filter * shape_.filter;
+    parallel_for(0, 2 * shape_.channels, 1, [&](int64_t first, int64_t last) {
+      Window<A> made(shape_, rows_, columns);
+      for (int64_t index = first; index < last; ++index) {
+        made.set(filters + index * taps);
+        for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+          A* to = window(chunk, index % shape_.channels, index / shape_.channels);
+          const int64_t begin = chunk * kTileColumns;
+          const int64_t count = std::min(kTileColumns, shape_.columns - begin);
+          for (int64_t term = 0; term < shape_.filter; ++term)
+            std::copy_n(made.term(term) + begin, count, to + term * kTileColumns);
+        }
+      }
+    });
+  }
+
+  class Tile {
+   public:
+    explicit Tile(CircularFilter& of)
+        : of_(of),
+          shape_(of.shape_),
+          memory_((2 * kPixels) * (of.inputs_ + shape_.channels)),
+          in_{memory_.take(of.inputs_ * kPixels), memory_.take(of.inputs_ * kPixels)},
+          mixed_{memory_.take(shape_.channels * kPixels), memory_.take(shape_.channels * kPixels)},
+          factors_(kTileRows * shape_.filter) {}
+
+    // Filter a tile; NaN where not all of its pixels are finite, else 0.
+    A run(int64_t b, int64_t column, int64_t row) {
+      first_ = column;
+      row_ = row;
+      count_ = std::min(kTileColumns, shape_.columns - column);
+      vectors_ = (count_ + kLane - 1) / kLane;
+      rows_ = std::min(kTileRows, shape_.half() - row);
+      V nothing{};
+      for (int64_t c = 0; c < of_.inputs_; ++c)
+        fold_channel(of_.x_ + (b * of_.inputs_ + c) * shape_.rows * shape_.columns, c * kPixels,
+                     nothing);
+      for (int part : {0, 1})
+        project(of_.panels_[part], Block<A>{in_[part], kPixels, kLane},
+                static_cast<int>(rows_ * vectors_), Block<A>{mixed_[part], kPixels, kLane});
+      for (int64_t r = 0; r < kTileRows; ++r)
+        set_factors(of_.rows_, shape_.filter / 2, std::min(row + r, shape_.half() - 1),
+                    &factors_[r * shape_.filter]);
+      for (int64_t d = 0; d < shape_.channels; ++d)
+        unfold_channel(d, of_.y_ + (b * shape_.channels + d) * shape_.rows * shape_.columns);
+      return sum(nothing);
+    }
+
+   private:
+    static constexpr int64_t kPixels = kTileRows * kTileColumns;
+
+    void fold_channel(const T* plane, int64_t place, V& nothing) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        const T* row = plane + (row_ + r) * shape_.columns + first_;
+        const T* other = plane + mirror_row(shape_, row_ + r) * shape_.columns;
+        for (int64_t i = 0; i < vectors_; ++i) {
+          const int64_t left = count_ - i * kLane, at = place + (r * vectors_ + i) * kLane;
+          const int count = static_cast<int>(std::min(kLane, left));
+          const V a = count == kLane ? load(row + i * kLane) : load(row + i * kLane, count);
+          const V b = load_mirrored(other, shape_.columns, first_ + i * kLane, count);
+          const V even = (a + b) * A(0.5);
+          nothing += even * A(0);
+          store(in_[0] + at, even);
+          store(in_[1] + at, (a - b) * A(0.5));
+        }
+      }
+    }
+
+    void unfold_channel(int64_t d, T* plane) {
+      const int64_t terms = shape_.filter, place = d * kPixels;
+      const A* even_window = of_.window(first_ / kTileColumns, d, 0);
+      const A* odd_window = of_.window(first_ / kTileColumns, d, 1);
+      A everywhere = 0;
+      for (const A* bias : {of_.mixing_bias_, of_.last_bias_})
+        if (bias != nullptr) everywhere += (bias[d] + bias[shape_.channels + d]) * A(0);
+      const bool origin = row_ == 0 && first_ == 0;
+      if (origin && of_.mixing_bias_ != nullptr) mixed_[0][place] += of_.mixing_bias_[d];
+      for (int64_t i = 0; i < vectors_; ++i) {
+        V even[kTileRows] = {}, odd[kTileRows] = {};
+        for (int64_t term = 0; term < terms; ++term) {
+          const V e = load(even_window + term * kTileColumns + i * kLane);
+          const V o = load(odd_window + term * kTileColumns + i * kLane);
+          unroll<kTileRows>([&](auto r) FF_INLINED {
+            even[r] = fma(e, broadcast(factors_[r * terms + term]), even[r]);
+            odd[r] = fma(o, broadcast(factors_[r * terms + term]), odd[r]);
+          });
+        }
+        const int count = static_cast<int>(std::min(kLane, count_ - i * kLane));
+        unroll<kTileRows>([&](auto r) FF_INLINED {
+          if (r >= rows_) return;
+          const int64_t at = place + (r * vectors_ + i) * kLane;
+          const V p = load(mixed_[0] + at) * even[r] + everywhere;
+          const V q = load(mixed_[1] + at) * odd[r];
+          T* to = plane + (row_ + r) * shape_.columns + first_ + i * kLane;
+          V above = p + q;
+          if (origin && r == 0 && i == 0 && of_.last_bias_ != nullptr)
+            above[0] += of_.last_bias_[d];
+          if (count == kLane)
+            store(to, above);
+          else
+            store(to, above, count);
+          const int64_t other = mirror_row(shape_, row_ + r);
+          if (other != row_ + r)
+            store_mirrored(plane + other * shape_.columns, shape_.columns, first_ + i * kLane,
+                           p - q, count);
+        });
+      }
+    }
+
+    CircularFilter& of_;
+    const CircularShape& shape_;
+    Scratch<A> memory_;
+    A *in_[2], *mixed_[2];
+    std::vector<A> factors_;
+    int64_t first_ = 0, row_ = 0, count_ = 0, vectors_ = 0, rows_ = 0;
+  };
+
+  const CircularShape shape_;
+  const int64_t inputs_, chunks_, bands_;
+  const T* const x_;
+  const A *const mixing_bias_, *const last_bias_;
+  T* const y_;
+  const Waves rows_;
+  Scratch<A> weights_;
+  Panels<A> panels_[2];
+  std::vector<A> windows_, poison_;
+};
+
 template <typename A>
-void unfold_backward(const CircularShape& shape, const A* grad, const A* parts, const A* filters,
-                     const A* mixing_bias, A* grad_parts, A* grad_filters) {
+void windows_backward(const CircularShape& shape, const A* grad, const A* parts, const A* filters,
+                      const A* mixing_bias, A* grad_parts, A* grad_filters) {
   const int64_t width = shape.columns, size = shape.rows * width, half = shape.half() * width;
-  const Circle rows(shape.rows), columns(width);
+  const Waves rows(shape.filter / 2, shape.rows), columns(shape.filter / 2, width);
   const int64_t taps = shape.filter * shape.filter;
   // A channel at a time, so that sums over the batch have an order.
   parallel_for(0, shape.channels, 1, [&](int64_t first, int64_t last) {
@@ -450,6 +691,15 @@ void unfold_backward(const CircularShape& shape, const A* grad, const A* parts, 
 }
 
 }  // namespace
+
+void mix_parts(bool is_double, const MixingShape& shape, const void* mixing, const void* bias,
+               const void* parts, void* mixed) {
+  with_real(is_double, [&](auto zero) {
+    using A = decltype(zero);
+    mix(shape, static_cast<const A*>(mixing), static_cast<const A*>(bias),
+        static_cast<const A*>(parts), static_cast<A*>(mixed));
+  });
+}
 
 void spectrum_parts(bool is_double, const SpectrumShape& shape, const void* spectrum, double edge,
                     double inner, void* real, void* imag) {
@@ -492,33 +742,41 @@ void constant_gradients(bool is_double, const SpectrumShape& shape, int64_t batc
 }
 
 void circular_fold(bool is_double, const CircularShape& shape, const void* x, double weight,
-                   void* parts, void* poison) {
+                   void* parts) {
   with_real(is_double, [&](auto zero) {
     using A = decltype(zero);
-    fold(shape, static_cast<const A*>(x), static_cast<A>(weight), static_cast<A*>(parts),
-         static_cast<A*>(poison));
+    fold(shape, static_cast<const A*>(x), static_cast<A>(weight), static_cast<A*>(parts));
   });
 }
 
-void circular_unfold(bool is_double, const CircularShape& shape, const void* parts,
-                     const void* filters, const CircularBiases& biases, const void* poison,
-                     int64_t poisons, void* y) {
+void circular_unfold(bool is_double, const CircularShape& shape, const void* parts, void* x) {
   with_real(is_double, [&](auto zero) {
     using A = decltype(zero);
-    unfold(shape, static_cast<const A*>(parts), static_cast<const A*>(filters),
-           static_cast<const A*>(biases.mixing), static_cast<const A*>(biases.last),
-           static_cast<const A*>(poison), poisons, static_cast<A*>(y));
+    unfold(shape, static_cast<const A*>(parts), static_cast<A*>(x));
   });
 }
 
-void circular_unfold_backward(bool is_double, const CircularShape& shape, const void* grad,
-                              const void* parts, const void* filters, const CircularBiases& biases,
-                              void* grad_parts, void* grad_filters) {
+void circular_filter(Type type, const CircularShape& shape, int64_t inputs, const void* x,
+                     const void* mixing, const void* filters, const CircularBiases& biases,
+                     void* y) {
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulator<T>;
+    CircularFilter<T>(shape, inputs, static_cast<const T*>(x), static_cast<const A*>(mixing),
+                      static_cast<const A*>(filters), static_cast<const A*>(biases.mixing),
+                      static_cast<const A*>(biases.last), static_cast<T*>(y))
+        .run();
+  });
+}
+
+void circular_windows_backward(bool is_double, const CircularShape& shape, const void* grad,
+                               const void* parts, const void* filters, const void* mixing_bias,
+                               void* grad_parts, void* grad_filters) {
   with_real(is_double, [&](auto zero) {
     using A = decltype(zero);
-    unfold_backward(shape, static_cast<const A*>(grad), static_cast<const A*>(parts),
-                    static_cast<const A*>(filters), static_cast<const A*>(biases.mixing),
-                    static_cast<A*>(grad_parts), static_cast<A*>(grad_filters));
+    windows_backward(shape, static_cast<const A*>(grad), static_cast<const A*>(parts),
+                     static_cast<const A*>(filters), static_cast<const A*>(mixing_bias),
+                     static_cast<A*>(grad_parts), static_cast<A*>(grad_filters));
   });
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "capability.h"
+#include "types.h"
 
 namespace fastfusion {
 
@@ -14,6 +15,10 @@ struct SpectrumShape {
   int64_t rows, columns;
   int64_t bins() const { return columns / 2 + 1; }
   int64_t pairs() const { return (rows + 1) / 2; }
+};
+
+struct MixingShape {
+  int64_t batch, filters, channels, pixels;
 };
 
 // The image's size, and that of the filters (2, C, size, size).
@@ -30,6 +35,11 @@ struct CircularBiases {
 };
 
 }  // namespace fastfusion
+
+// mixing (2, filters, channels) times the parts (batch, 2, channels, pixels), plus a bias (2,
+// filters) or null: the mixed parts (batch, 2, filters, pixels).
+FF_DECLARE(void mix_parts(bool is_double, const MixingShape& shape, const void* mixing,
+                          const void* bias, const void* parts, void* mixed))
 
 // A plane's spectrum (rows, bins, 2) to its parts (rows, bins). Column 0 and, of an even number of
 // columns, the last one are multiplied by `edge`, the others, which stand for two, by `inner`.
@@ -51,18 +61,21 @@ FF_DECLARE(void paired_rows(bool is_double, const SpectrumShape& shape, const vo
 FF_DECLARE(void constant_gradients(bool is_double, const SpectrumShape& shape, int64_t batch,
                                    int64_t channels, const void* grad, void* constants))
 
+// The whole circular filter in one pass: x (B, inputs, rows, columns) and y (B, channels, rows,
+// columns) are of `type`, all else of what it is computed in.
+FF_DECLARE(void circular_filter(Type type, const CircularShape& shape, int64_t inputs,
+                                const void* x, const void* mixing, const void* filters,
+                                const CircularBiases& biases, void* y))
+// For the gradients, step by step.
 // The parts of x (B, C, rows, columns) that are even and odd under n -> -n, in its upper half: (B,
-// 2, C, half, columns). Rows that stand for two are multiplied by `weight`. poison (B, C) is 0, or
-// NaN where x is not finite.
+// 2, C, half, columns). Rows that stand for two are multiplied by `weight`.
 FF_DECLARE(void circular_fold(bool is_double, const CircularShape& shape, const void* x,
-                              double weight, void* parts, void* poison))
-// y = even * C_0 + odd * C_1, with the windows C of the filters; poison (B, `poisons`) is added to
-// all of an image.
+                              double weight, void* parts))
+// Back: their sum.
 FF_DECLARE(void circular_unfold(bool is_double, const CircularShape& shape, const void* parts,
-                                const void* filters, const CircularBiases& biases,
-                                const void* poison, int64_t poisons, void* y))
+                                void* x))
 // The gradients of the mixed parts and of the filters, from that of y.
-FF_DECLARE(void circular_unfold_backward(bool is_double, const CircularShape& shape,
-                                         const void* grad, const void* parts, const void* filters,
-                                         const CircularBiases& biases, void* grad_parts,
-                                         void* grad_filters))
+FF_DECLARE(void circular_windows_backward(bool is_double, const CircularShape& shape,
+                                          const void* grad, const void* parts, const void* filters,
+                                          const void* mixing_bias, void* grad_parts,
+                                          void* grad_filters))

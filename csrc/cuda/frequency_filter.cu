@@ -568,6 +568,13 @@ Tensor parts_of(const Stream& stream, const Tensor& x, double edge, double inner
   return parts;
 }
 
+// mixing (2, D, C), or its transpose, times parts (B, 2, C, rows, columns), plus a bias (2, D).
+Tensor mix(const Tensor& mixing, const Tensor& parts, const MaybeTensor& bias) {
+  Tensor mixed = matmul(mixing, lines(parts));
+  if (bias) mixed = plus(mixed, shaped(*bias, {2, bias->size(1), 1}));
+  return shaped(mixed, {parts.size(0), 2, mixing.size(1), parts.size(3), parts.size(4)});
+}
+
 // The filters with the gain in them, (2 D, 1, m, m).
 Tensor filters_of(const Arguments& of) {
   return torch::stable::contiguous(

@@ -34,7 +34,8 @@ def arguments(channels: int, filters: int, m: int) -> dict[str, Tensor]:
     return drawn
 
 
-# More strips, bands and groups of channels than one; filters so large that a group is of 8 or 4.
+# More strips, bands and groups of channels than one; filters so large that a group is of 8 or 4; sizes
+# with large prime factors, which the CPU's transforms take up to 127 and leave to torch beyond.
 @pytest.mark.parametrize(
     ("size", "filters", "m", "mode"),
     [
@@ -43,7 +44,10 @@ def arguments(channels: int, filters: int, m: int) -> dict[str, Tensor]:
         ((2, 2, 12, 60), 9, 9, "zeros"),
         ((1, 2, 11, 70), 5, 21, "zeros"),
         ((1, 2, 7, 70), 2, 33, "zeros"),
+        ((2, 3, 34, 122), 3, 5, "zeros"),
+        ((1, 2, 131, 6), 2, 3, "zeros"),
         ((2, 18, 9, 11), 70, 5, "circular"),
+        ((1, 3, 11, 150), 4, 5, "circular"),
         ((1, 2, 5, 4), 3, 9, "circular"),
     ],
 )
