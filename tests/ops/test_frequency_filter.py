@@ -34,8 +34,8 @@ def arguments(channels: int, filters: int, m: int) -> dict[str, Tensor]:
     return drawn
 
 
-# More strips, bands and groups of channels than one; filters so large that a group is of 8 or 4; sizes
-# with large prime factors, which the CPU's transforms take up to 127 and leave to torch beyond.
+# More strips, bands and groups of channels than one; filters so large that a group is of 8 or 4;
+# large prime factors, which the CPU's transforms take up to 127 and leave to torch beyond.
 @pytest.mark.parametrize(
     ("size", "filters", "m", "mode"),
     [
