@@ -127,10 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output, _ = process.communicate()
         problems = wrong_in(output, process.returncode)
         passed = sum(map(int, re.findall(r"(\d+) passed", output)))
+        reached, seconds = all_kernels() & ran_in(output), time.monotonic() - begin
         print("\n".join(problems), end="\n" if problems else "")
         print(
             f"triton-parity: Triton {version}: {'WRONG' if problems else 'right'}, {passed} tests "
-            f"and {len(all_kernels() & ran_in(output))} kernels in float32, after {time.monotonic() - begin:.0f} s",
+            f"and {len(reached)} kernels in float32, after {seconds:.0f} s",
             flush=True,
         )
         wrong |= bool(problems)
