@@ -276,7 +276,7 @@ def _latent() -> list[Case]:
         ("lsm", (1, 32, 32, 32), 8, 4, 12, 16, False, math.pi / 12, True),
         ("whole", (2, 16, 11, 13), 2, 4, 6, None, True, math.pi, True),
         ("whole-large", (1, 8, 70, 65), 2, 3, 4, None, False, 0.5, True),
-        ("whole-narrow", (1, 2, 27, 25), 1, 3, 4, None, False, 0.5, True),
+        ("whole-narrow", (1, 2, 27, 25), 1, 3, 4, None, True, math.pi, True),
         ("tiny", (1, 1, 1, 1), 1, 1, 1, 4, True, math.pi, True),
         ("odd", (1, 15, 6, 5), 3, 5, 7, (2, 3), False, math.pi / 7, False),
         ("one-row", (1, 8, 1, 9), 4, 2, 3, 2, True, math.pi, False),

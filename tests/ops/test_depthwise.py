@@ -92,10 +92,10 @@ def test_gelu_far_from_zero_is_that_of_the_definition(layout: torch.memory_forma
         pytest.skip(f"cpp: {depthwise.why_no_cpp()}")
     values = torch.tensor([-torch.inf, -1e30, -1e3, -20.0, 20.0, 1e30, torch.inf, torch.nan])
     x = values.repeat(1, 17, 3, 1).contiguous(memory_format=layout)
-    found, expected = (
-        ops.depthwise_conv2d(x, torch.ones(17, 1, 1, 1), activation="gelu", backend=backend)
-        for backend in ("cpp", "reference")
-    )
+    one = torch.ones(17, 1, 1, 1)
+    found = ops.depthwise_conv2d(x, one, activation="gelu", backend="cpp")
+    # In float64: torch's float32 GELU of infinity is NaN on some processors.
+    expected = ops.depthwise_conv2d(x.double(), one.double(), activation="gelu").float()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12, equal_nan=True)
 
 
