@@ -21,8 +21,9 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 #: Bytes of static shared memory that a block may have (CUDA C++ Programming Guide).
 SHARED = 48 << 10
-#: Registers of a thread: with more, a multiprocessor's 65536 would not do for 12 warps.
-REGISTERS = 168
+#: Registers of a thread: with more, a multiprocessor's 65536 would not do for as many blocks of 128
+#: threads as its shared memory has room for at 48 KiB each (3, 4, 4, 2).
+REGISTERS = {"sm_80": 168, "sm_90": 128, "sm_100": 128, "sm_120": 255}
 
 
 @functools.cache
@@ -49,7 +50,7 @@ class Figures:
         found = []
         if self.shared > SHARED:
             found.append(f"{self.shared} bytes of shared memory")
-        if self.registers > REGISTERS:
+        if self.registers > REGISTERS[self.architecture]:
             found.append(f"{self.registers} registers")
         if self.spilled:
             found.append(f"{self.spilled} bytes spilled")
@@ -116,7 +117,10 @@ def section() -> list[str]:
         "has an instance for each element type, layout and size that it is a template over. Each",
         "cell is `the fewest to the most registers of a thread / bytes of shared memory of a",
         "block`, over all of them; a third figure, in bold, would be bytes spilled. The tests",
-        f"refuse spills, more than {REGISTERS} registers and more than {SHARED} bytes.",
+        f"refuse spills, more than {SHARED} bytes and more registers than leave room for the",
+        "blocks that shared memory has room for: "
+        + ", ".join(f"{count} on {name}" for name, count in REGISTERS.items())
+        + ".",
         "",
     ]
     if _build_script().find_nvcc() is None:
