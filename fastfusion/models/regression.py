@@ -7,7 +7,10 @@ remains, one for each low-resolution pixel from the Gaussian window around it (a
 
 Bands of one scene are not equally sharp (lenses do not focus all wavelengths alike).  How much
 sharper or blurrier than the MSI a band is shows in the pair and is carried over: band ``b`` is
-predicted from ``m + sharpness[b] * (blur(m) - m)``.
+predicted from ``m + sharpness[b] * (blur(m) - m)``.  The maps are fitted once more to what that
+leaves, and then above all to the finest detail that the HSI holds, what a pixel differs by from its
+neighbours: it is the nearest to the detail that is wanted, and what a map leaves of it is hardly
+correlated from pixel to pixel, as least squares take it to be.
 
 At last the prediction is brought back to both sensors: the part of the HSI that it does not explain
 is interpolated and added, and the spectra are moved, as little as possible, to give the MSI.
@@ -37,6 +40,10 @@ __all__ = ["Regression", "RegressionModel", "regression"]
 SHARPNESS_SIGMA = 0.25
 #: Window variances below this share of the scene's are noise, not colour to regress on.
 NOISE_FLOOR = 1e-6
+#: Weight of the detail's covariances in the last windows, beside the ordinary ones.
+FINE = 10.0
+#: Mean of the four pixels beside one.
+NEIGHBOURS = torch.tensor([[0, 0.25, 0], [0.25, 0, 0.25], [0, 0.25, 0]], dtype=torch.float64)
 #: HSI bands that go through the windows and the interpolation at a time, which bounds memory.
 BANDS_AT_A_TIME = 8
 
@@ -274,7 +281,7 @@ class RegressionModel:
     @property
     def maps_halo(self) -> int:
         """How many low-resolution pixels around one its map depends on."""
-        windows = 2 * math.ceil(3 * self.window_sigma) + 1 if self.local else 0
+        windows = 2 * math.ceil(3 * self.window_sigma) + 2 if self.local else 0
         return 2 * self._blur_reach + windows + 1
 
     @property
@@ -418,6 +425,7 @@ class _LowResolution:
             fit = model.ridge, model.floor
             self.windows = Windows(self.msi, model.window_sigma, *fit, boundary)
             self.narrow = Windows(self.msi, 0.75 * model.window_sigma, *fit, boundary)
+            self.fine = Windows(self.msi, model.window_sigma, *fit, boundary, fine=FINE)
 
     def detail(self, hr_msi: Tensor) -> Tensor:
         """What a band that is blurred has of the MSI more than one that is not."""
@@ -441,7 +449,7 @@ class _LowResolution:
             sharpness = self.model.sharpness[bands, None, None].to(self.hsi)
             seen = predict(slopes, offset, self.msi)
             seen = seen + sharpness * predict(slopes, 0, self.detail_low)
-            more, rest = self.windows.fit(self.hsi[bands] - seen)
+            more, rest = self.fine.fit(self.hsi[bands] - seen)
             slopes, offset = slopes + more, offset + rest
         return slopes, offset
 
@@ -463,23 +471,45 @@ class _LowResolution:
 
 
 class Windows:
-    """Ridge regression on ``guides (g, h, w)`` in the Gaussian window around every pixel."""
+    """Ridge regression on ``guides (g, h, w)`` in the Gaussian window around every pixel.
+
+    Its moments are those of what pixels differ by from the window's mean, and ``fine`` times those
+    of the detail, what they differ by from their neighbours.
+    """
 
     def __init__(
-        self, guides: Tensor, sigma: float, ridge: float, floor: float, boundary: str
+        self,
+        guides: Tensor,
+        sigma: float,
+        ridge: float,
+        floor: float,
+        boundary: str,
+        fine: float = 0.0,
     ) -> None:
         self.mean = Degradation.gaussian(1, sigma, boundary=boundary)
-        self.guides = guides
+        self.neighbours = Degradation(NEIGHBOURS, 1, boundary=boundary)
+        self.guides, self.fine = guides, fine
         exact = guides.double()  # a variance is a small difference of large moments
         guide_mean = self.mean(exact)
         variance = self.mean(exact[:, None] * exact) - guide_mean[:, None] * guide_mean
         self.guide_mean = guide_mean.to(guides)
+        if fine:
+            detail = self.detail(exact)
+            variance += fine * self.mean(detail[:, None] * detail)
+            self.guide_detail = detail.to(guides)
         self.inverse = ridge_inverse(variance, ridge, floor).to(guides)
+
+    def detail(self, image: Tensor) -> Tensor:
+        """What pixels differ by from their neighbours."""
+        return image - self.neighbours(image)
 
     def fit(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Slopes ``(g, b, h, w)`` and offsets ``(b, h, w)`` of ``target (b, h, w)``."""
         target_mean = self.mean(target)
-        covariance = self.mean(self.guides[:, None] * target)
+        products = self.guides[:, None] * target
+        if self.fine:
+            products += self.fine * (self.guide_detail[:, None] * self.detail(target))
+        covariance = self.mean(products)
         covariance -= self.guide_mean[:, None] * target_mean
         slopes = torch.einsum("ijhw,jbhw->ibhw", self.inverse, covariance)
         return slopes, target_mean - (slopes * self.guide_mean[:, None]).sum(0)

@@ -60,11 +60,23 @@ def project(fused: np.ndarray, msi: np.ndarray, srf: np.ndarray) -> np.ndarray:
     return fused + np.tensordot(np.linalg.pinv(srf), missing, axes=1)
 
 
-def solve_windows(guides, target, sigma, ridge, floor):
-    """Slopes ``(g, G, h, w)`` and offsets ``(G, h, w)`` of ridge regressions around each pixel."""
+def solve_windows(guides, target, sigma, ridge, floor, fine=0.0):
+    """Slopes ``(g, G, h, w)`` and offsets ``(G, h, w)`` of ridge regressions around each pixel.
+
+    ``fine`` weighs what pixels differ by from their four neighbours, beside what they differ by
+    from the window's mean.
+    """
+
+    def detail(cube):
+        beside = [np.roll(cube, shift, axis) for axis in (-2, -1) for shift in (-1, 1)]
+        return cube - sum(beside) / 4
+
     mean, target_mean = blur(guides, sigma), blur(target, sigma)
     variance = blur(guides[:, None] * guides, sigma) - mean[:, None] * mean
     covariance = blur(guides[:, None] * target, sigma) - mean[:, None] * target_mean
+    edges = detail(guides)
+    variance += fine * blur(edges[:, None] * edges, sigma)
+    covariance += fine * blur(edges[:, None] * detail(target), sigma)
     slopes = np.empty_like(covariance)
     for row, column in np.ndindex(guides.shape[1:]):
         v = variance[:, :, row, column]
@@ -109,9 +121,9 @@ def regression(lr_hsi, msi, srf, *, local=True, ridge=1e-4, iterations=4):
         uncertainty = (rr - amount * ur) / u[0].size / uu
         sharpness = amount * amount**2 / (amount**2 + 16 * uncertainty)
 
-        # Once more, for guides as sharp as the band
+        # Once more, for guides as sharp as the band, and above all for the finest detail
         seen = (slopes * low_msi[:, None]).sum(0) + sharpness[:, None, None] * change + offset
-        more, shift = solve_windows(low_msi, lr_hsi - seen, sigma, ridge, floor)
+        more, shift = solve_windows(low_msi, lr_hsi - seen, sigma, ridge, floor, fine=10.0)
         slopes, offset = slopes + more, offset + shift
 
     fused = upsample(offset, scale, linear)
