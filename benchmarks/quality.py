@@ -208,7 +208,7 @@ SECTIONS = {
         "## Methods on real scenes",
         "The sensors are told to the method unless the row says otherwise; on paris_eo1 the second "
         "sensor is real and its response is estimated. fsrvl is fitted to the pair alone, for "
-        "{minutes:g} minutes at most. " + OLDER,
+        "{minutes:g} minutes at most.",
     ),
     "ablations": (
         ablations,

@@ -67,7 +67,8 @@ class Tile:
 class Table:
     """The tested tiles of a kernel: by shape class, then by architecture ("" is any other).
 
-    The architecture "cpu" is the interpreter. What AMD has of its own in a class stands for all
+    The architecture "cpu" is the interpreter. A tile under "other", which is none, is compiled and
+    tested as all are, and only tuning takes it. What AMD has of its own in a class stands for all
     that class has there, as its warps are of 64 threads.
 
     >>> small = Tile({"BLOCK": 64})

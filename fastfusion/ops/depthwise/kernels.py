@@ -44,6 +44,7 @@ from fastfusion.ops.triton import (
 _FILTER_TILES = {
     "rows": {
         "": Tile({"BLOCK_H": 16, "BLOCK_W": 64, "BLOCK_C": 1}, warps=4),
+        "other": Tile({"BLOCK_H": 8, "BLOCK_W": 64, "BLOCK_C": 1}, warps=4),
         "cpu": Tile({"BLOCK_H": 32, "BLOCK_W": 128, "BLOCK_C": 8}),
     },
     "narrow": {
@@ -52,6 +53,7 @@ _FILTER_TILES = {
     },
     "channels": {
         "": Tile({"BLOCK_H": 4, "BLOCK_W": 8, "BLOCK_C": 32}, warps=4),
+        "other": Tile({"BLOCK_H": 4, "BLOCK_W": 4, "BLOCK_C": 32}, warps=4),
         "cpu": Tile({"BLOCK_H": 16, "BLOCK_W": 32, "BLOCK_C": 16}),
     },
 }

@@ -46,7 +46,10 @@ from fastfusion.ops.triton import (
 )
 
 _TILES = {
-    "wide": {"": Tile({"BLOCK_SLOW": 8, "BLOCK_FAST": 64}, warps=4)},
+    "wide": {
+        "": Tile({"BLOCK_SLOW": 8, "BLOCK_FAST": 64}, warps=4),
+        "other": Tile({"BLOCK_SLOW": 4, "BLOCK_FAST": 64}, warps=4),
+    },
     "narrow": {"": Tile({"BLOCK_SLOW": 32, "BLOCK_FAST": 16}, warps=4)},
 }
 ANALYSIS = Table("haar analysis", _TILES)
