@@ -26,7 +26,7 @@ FF_INLINE int64_t elements_ahead(int64_t row_elements, int64_t row_stride) {
 // the two columns of neighbouring blocks alternate; in NHWC it is the number of channels. An edge
 // block has no right column.
 template <bool planar, bool wide, bool edge>
-struct Block {
+struct HaarBlock {
   static constexpr bool kEdge = edge;
   int64_t band, left, unit;
 
@@ -101,16 +101,16 @@ template <bool planar, typename A, typename F>
 FF_INLINE void for_blocks(int64_t pixels, int64_t unit, const F& f) {
   const int64_t whole = pixels / 2;
   if constexpr (planar) {
-    cover<A>(whole, [&](auto wide, int64_t j) { f(Block<true, wide, false>{j, 2 * j, 1}); });
-    if (pixels % 2) f(Block<true, false, true>{whole, pixels - 1, 1});
+    cover<A>(whole, [&](auto wide, int64_t j) { f(HaarBlock<true, wide, false>{j, 2 * j, 1}); });
+    if (pixels % 2) f(HaarBlock<true, false, true>{whole, pixels - 1, 1});
   } else {
     for (int64_t j = 0; j < whole; ++j)
       cover<A>(unit, [&](auto wide, int64_t c) {
-        f(Block<false, wide, false>{j * unit + c, 2 * j * unit + c, unit});
+        f(HaarBlock<false, wide, false>{j * unit + c, 2 * j * unit + c, unit});
       });
     if (pixels % 2)
       cover<A>(unit, [&](auto wide, int64_t c) {
-        f(Block<false, wide, true>{whole * unit + c, 2 * whole * unit + c, unit});
+        f(HaarBlock<false, wide, true>{whole * unit + c, 2 * whole * unit + c, unit});
       });
   }
 }

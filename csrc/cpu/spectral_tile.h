@@ -201,7 +201,7 @@ class Tile {
         const V a = get(from_above, column), b = edge ? a : get(from_above, column + 1);
         const V c = get(from_below, column), d = edge ? c : get(from_below, column + 1);
         // Of an edge block the right column is written too, and cleared afterwards.
-        split_block(Block<false, true, false>{column / 2 * kStep, column * kStep, kStep},
+        split_block(HaarBlock<false, true, false>{column / 2 * kStep, column * kStep, kStep},
                     Pair<V>{a, b}, Pair<V>{c, d});
       }
     }

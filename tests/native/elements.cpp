@@ -1,5 +1,5 @@
 // Inner functions of the smaller kernels, for tests: element types, elementary functions, softmax,
-// shuffles, selection, pairs of spectrum rows, the axes of the local map.
+// shuffles, selection, Fourier transforms, pairs of spectrum rows, the axes of the local map.
 #include "coordinate_mixing.cpp"
 #include "frequency_filter.cpp"
 #include "local_map.cpp"
@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "fourier.h"
 #include "haar_blocks.h"
 #include "softmax.h"
 #include "stream.h"
@@ -124,6 +125,20 @@ std::vector<int64_t> most_salient(const std::vector<double>& saliency, int64_t k
   return kept;
 }
 
+// As many transforms of (length) as a vector has lanes: (length, 2, lanes), real parts first.
+template <typename A>
+Array<A> transformed(Array<A> x) {
+  const Fourier<A> fourier(x.shape(0));
+  Array<A> z({x.shape(0), int64_t{2}, int64_t{kLanes<A>}}),
+      y({x.shape(0), int64_t{2}, int64_t{kLanes<A>}});
+  std::copy_n(x.data(), x.size(), z.mutable_data());
+  fourier.transform(z.mutable_data());
+  for (int64_t k = 0; k < fourier.length(); ++k)
+    std::copy_n(z.data() + fourier.place(k) * fourier.kStep, fourier.kStep,
+                y.mutable_data() + k * fourier.kStep);
+  return y;
+}
+
 // Spectra (rows, bins, 2) to whole rows, and transforms of those to the rows of an image.
 template <typename A>
 Array<A> pairs_py(Array<A> spectrum, int64_t columns) {
@@ -154,6 +169,7 @@ void bind(py::module_& m, const std::string& suffix) {
   const auto name = [&](const char* function) { return function + suffix; };
   m.attr(name("lanes").c_str()) = kLanes<A>;
   m.def(name("shuffled").c_str(), &shuffled<A>);
+  m.def(name("transformed").c_str(), &transformed<A>);
   m.def(name("pairs").c_str(), &pairs_py<A>);
   m.def(name("rows").c_str(), &rows_py<A>);
   m.def(name("axis").c_str(), [](int64_t size, int64_t samples, int64_t scale, double first) {
@@ -177,4 +193,5 @@ PYBIND11_MODULE(elements_native, m) {
   m.def("online_softmax", &online_softmax);
   m.def("most_salient", &most_salient);
   m.def("covered", &covered);
+  m.def("takes", &Fourier<float>::takes);
 }

@@ -189,3 +189,24 @@ def test_a_row_is_written_and_nothing_beside_it(native, streaming, count) -> Non
         row = native.write_row(x, before, 7, streaming)
         np.testing.assert_array_equal(row[before : before + count], x)
         assert (row[:before] == -1).all() and (row[before + count :] == -1).all()
+
+
+# 1 and 2, each radix alone and mixed, squares of primes, the largest prime that is taken
+LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 25, 30, 49, 96, 121, 127, 210, 254, 256, 512]
+
+
+@pytest.mark.parametrize(("suffix", "dtype", "bound"), KINDS)
+def test_fourier_transforms_of_any_length(native, suffix, dtype, bound) -> None:
+    rng = np.random.default_rng(0)
+    for length in LENGTHS:
+        assert native.takes(length)
+        x = rng.standard_normal((length, 2, getattr(native, f"lanes{suffix}"))).astype(dtype)
+        found = getattr(native, f"transformed{suffix}")(x).astype(np.float64)
+        exact = np.fft.fft(x[:, 0].astype(np.float64) + 1j * x[:, 1], axis=0)
+        difference = np.linalg.norm(found[:, 0] + 1j * found[:, 1] - exact)
+        assert difference <= bound * np.linalg.norm(exact), length
+
+
+def test_lengths_with_a_large_prime_are_not_taken(native) -> None:
+    assert not any(native.takes(length) for length in (131, 262, 131 * 127, 257))
+    assert native.takes(127 * 127)
