@@ -13,6 +13,7 @@ import importlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,24 @@ def figures(folder: str, architecture: str) -> list[Figures]:
     return rows
 
 
-def document() -> str:
-    """The text of docs/kernels.md."""
+def section(folder: str) -> list[str]:
+    """The table of an operator's folder."""
+    lines = [f"## {folder}", "", f"| kernel | example | tile | warps | {_columns()} |"]
+    lines += ["|---" * (4 + len(ARCHITECTURES)) + "|"]
+    cells: dict[tuple[str, ...], dict[str, Figures]] = {}
+    for architecture in ARCHITECTURES:
+        for row in figures(folder, architecture):
+            star = "*" if row.matrix_meant else ""
+            key = (f"`{row.kernel}`{star}", row.example, row.tile, str(row.warps))
+            cells.setdefault(key, {})[architecture] = row
+    for key, found in cells.items():
+        columns = [found[a].cell() if a in found else "-" for a in ARCHITECTURES]
+        lines.append("| " + " | ".join([*key, *columns]) + " |")
+    return [*lines, ""]
+
+
+def document(kept: Mapping[str, str]) -> str:
+    """The text of docs/kernels.md; sections that are kept are not compiled."""
     import triton
 
     lines = [
@@ -175,20 +192,22 @@ def document() -> str:
         f"Triton {triton.__version__}.",
         "",
     ]
+    text = "\n".join(lines) + "\n"
     for folder in folders():
-        lines += [f"## {folder}", "", f"| kernel | example | tile | warps | {_columns()} |"]
-        lines += ["|---" * (4 + len(ARCHITECTURES)) + "|"]
-        cells: dict[tuple[str, ...], dict[str, Figures]] = {}
-        for architecture in ARCHITECTURES:
-            for row in figures(folder, architecture):
-                star = "*" if row.matrix_meant else ""
-                key = (f"`{row.kernel}`{star}", row.example, row.tile, str(row.warps))
-                cells.setdefault(key, {})[architecture] = row
-        for key, found in cells.items():
-            columns = [found[a].cell() if a in found else "-" for a in ARCHITECTURES]
-            lines.append("| " + " | ".join([*key, *columns]) + " |")
-        lines.append("")
-    return "\n".join([*lines, *cuda_kernels.section()])
+        text += kept.get(folder) or "\n".join(section(folder)) + "\n"
+    return text + (kept.get("cuda") or "\n".join(cuda_kernels.section()))
+
+
+def sections(page: str) -> dict[str, str]:
+    """The tables of a page by their folders, and "cuda" for all that is CUDA's.
+
+    >>> sections("# Triton\\n\\n## a\\n\\n1\\n\\n## b\\n\\n2\\n\\n# CUDA\\n3\\n")
+    {'a': '## a\\n\\n1\\n\\n', 'b': '## b\\n\\n2\\n\\n', 'cuda': '# CUDA\\n3\\n'}
+    """
+    triton, mark, cuda = page.partition("# CUDA")
+    parts = re.split(r"^(?=## )", triton, flags=re.MULTILINE)[1:]
+    found = {part.partition("\n")[0].removeprefix("## "): part for part in parts}
+    return found | ({"cuda": mark + cuda} if mark else {})
 
 
 def _columns() -> str:
@@ -198,8 +217,20 @@ def _columns() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="where the table goes; else to the terminal")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*folders(), "cuda"],
+        help="compile these; what --write names keeps its other tables",
+    )
     arguments = parser.parse_args()
-    text = document()
+    kept: dict[str, str] = {}
+    if arguments.only:
+        if arguments.write is None:
+            parser.error("--only changes a page: name it with --write")
+        there = sections(arguments.write.read_text())
+        kept = {name: text for name, text in there.items() if name not in arguments.only}
+    text = document(kept)
     if arguments.write:
         arguments.write.write_text(text)
     else:
