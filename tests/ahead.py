@@ -23,6 +23,7 @@ import dataclasses
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,7 +83,9 @@ def run(command: Command) -> Done:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # so that what it starts ends with it
+        # So that what it starts ends with it. A session would do as well, but Linux gives
+        # each session a share of its own of the processor, whatever its niceness (autogroups).
+        **({"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}),
     )
     _running.add(process)
     try:
