@@ -88,7 +88,7 @@ def test(wheel: Path, python: str, torch: str, room: Path) -> str:
     unwanted = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tests", room / "tests", ignore=unwanted)
     print(run("-c", CHECK), end="")
-    arguments = ["-q", "-p", "no:cacheprovider", "tests/ops/test_parity.py", "-k", "cpp"]
+    arguments = ["-p", "no:cacheprovider", "tests/ops/test_parity.py", "-k", "cpp"]
     return run("-m", "pytest", *arguments).splitlines()[-1]
 
 
