@@ -79,6 +79,7 @@ TRAININGS: dict[str, tuple[Recipe, float]] = {
     "LSO": (LSO_PAPER, 7),
     "LSO, regression prior": (LSO_REGRESSION, 18),
     "LSO, regression prior, x8": (dataclasses.replace(LSO_REGRESSION, scale=8), 7),
+    "LSO, x8": (dataclasses.replace(LSO_PAPER, scale=8), 7),
     "CoFusion, small": (COFUSION, 6),
     "CoFusion, small, regression prior": (
         dataclasses.replace(
@@ -88,6 +89,7 @@ TRAININGS: dict[str, tuple[Recipe, float]] = {
         ),
         7,
     ),
+    "CoFusion, small, x8": (dataclasses.replace(COFUSION, scale=8), 6),
     "CoFusion, small, without SpaCAM": (without(spatial="residual"), 6),
     "CoFusion, small, without SpeCAM": (without(spectral="residual"), 6),
     "CoFusion, small, without SSCFM": (without(cross="residual"), 6),
@@ -197,11 +199,6 @@ def cross_scale(minutes: float, folder: Path) -> Iterator[dict[str, Any]]:
                 }
 
 
-#: Of rows that were measured before the closed form became better.
-OLDER = (
-    "`regression`, also as a prior, is that before its last fit looked at the detail: see "
-    "[regression.md](regression.md). "
-)
 SECTIONS = {
     "scenes": (
         scenes,
@@ -230,8 +227,7 @@ SECTIONS = {
         "features and one, one and two blocks. The weights that did best on these two scenes are "
         "kept, as in any training here. The same scenes by `bicubic`, `regression` and "
         "`fsrvl`: first table. "
-        + OLDER
-        + "What was tried to beat the closed form: [training.md](training.md).",
+        "What was tried to beat the closed form: [training.md](training.md).",
     ),
     "cofusion": (
         cofusion,
@@ -244,7 +240,7 @@ SECTIONS = {
         "## Other scales than trained for",
         "The networks of x4 on pairs of x4 to x32, by both of LSO's protocols: *page* applies the "
         "network at the pair's own scale, *script* resizes the HSI in the Fourier domain to the "
-        "network's scale. " + OLDER,
+        "network's scale.",
     ),
 }
 

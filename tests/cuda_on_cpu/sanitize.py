@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from tests.cuda_on_cpu.library import ROOT, build, build_script
-from tests.sanitize import _runtime
+from tests.sanitize import SANITIZERS, _runtime
 
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+FLAGS = f"{SANITIZERS['address'][0]} -g1"
 
 
 def main() -> None:
