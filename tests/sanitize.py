@@ -1,9 +1,9 @@
 """Run the C++ kernels' tests under the compiler's sanitizers: ``python -m tests.sanitize``.
 
 AddressSanitizer and UndefinedBehaviorSanitizer watch the whole parity matrix of the C++ backend, at
-each instruction set that this processor has; ThreadSanitizer watches the threaded part of it. The
-library is built for each; Python and torch are the ordinary ones. So that ThreadSanitizer sees who
-waits for whom, the kernels then run on threads of their own instead of torch's pool.
+each instruction set that this processor has; ThreadSanitizer at the best of them. The library is
+built for each; Python and torch are the ordinary ones. So that ThreadSanitizer sees who waits for
+whom, the kernels then run on three threads of their own instead of torch's pool.
 
 Every sanitizer is first shown a planted fault of its kind, which it must find. ``--write PAGE``
 puts what was run and found into the table that ``make torture`` writes.
@@ -68,14 +68,13 @@ def _build_script() -> ModuleType:
     return module
 
 
-def _runtime(compiler: list[str], name: str) -> str:
+def runtime(compiler: list[str], name: str) -> str | None:
+    """Where the compiler has a sanitizer's library, e.g. "libasan.so"; None if it has not."""
     found = subprocess.run(
         [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
     )
     path = Path(found.stdout.strip())
-    if not path.is_absolute():
-        sys.exit(f"sanitize: {compiler[0]} has no {name}")
-    return str(path)
+    return str(path) if path.is_absolute() else None
 
 
 def show_faults(compiler: list[str]) -> None:
@@ -117,7 +116,12 @@ FOUND = re.compile(r"(AddressSanitizer: |runtime error: |ThreadSanitizer: )(.*)"
 
 def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> dict[str, str]:
     """The tests with one sanitizer on one instruction set: a row of the table."""
-    preload = [_runtime(compiler, name) for name in SANITIZERS[sanitizer][1]]
+    preload = []
+    for name in SANITIZERS[sanitizer][1]:
+        path = runtime(compiler, name)
+        if path is None:
+            sys.exit(f"sanitize: {compiler[0]} has no {name}")
+        preload.append(path)
     environment = {
         **os.environ,
         "FASTFUSION_LIBRARY_DIR": str(library),
@@ -135,8 +139,6 @@ def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> 
     files += ["test_frequency_filter", "test_latent_operator"]
     chosen = [f"tests/ops/{name}.py" for name in files]
     chosen += ["-k", "cpp or test_haar or test_depthwise or test_local_map"]
-    if sanitizer == "thread":
-        chosen = ["tests/ops/test_parity.py", "-k", "cpp and (float32 or threads)"]
     command = [
         *_no_aslr(sanitizer),
         # -s: a sanitizer ends the process where pytest would still hold its report back.

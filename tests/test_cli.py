@@ -392,7 +392,9 @@ def test_a_full_disk(files, capsys, monkeypatch):
 def test_ctrl_c_in_the_middle(files):
     """A real signal to a real process: status 1, one line, no output."""
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # What is started behind an ampersand ignores Ctrl-C, and so would its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from fastfusion import cli, commands\n"
         "def work(*_, **__):\n"
         "    print('working', flush=True)\n"

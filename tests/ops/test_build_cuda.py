@@ -50,7 +50,7 @@ def test_the_cuda_of_a_torch_is_read_without_importing_it(tmp_path: Path) -> Non
     assert build.torch_cuda(tmp_path) == "12.8"
 
 
-# One architecture takes some seconds a file; all of them: `make cuda-gate`.
+# An architecture takes 50 s of a core: the others are for `make cuda-gate`, beside the tests.
 @pytest.mark.skipif(build.find_nvcc() is None, reason="nvcc is not here")
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 @pytest.mark.timeout(1500)

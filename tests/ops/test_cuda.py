@@ -1,8 +1,8 @@
 """What the CUDA kernels promise, tested without a GPU.
 
 The parity matrix runs over them on the host runtime (tests/cuda_on_cpu), in processes of its own
-because there the operators' backend "cuda" takes CPU tensors. ``make cuda-sanitize`` runs it under
-the address sanitizer, in several orders of the threads.
+because there the operators' backend "cuda" takes CPU tensors; under the address sanitizer where the
+compiler has one. ``make cuda-sanitize`` runs it in full, in several orders of the threads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from fastfusion.ops import choice
 from fastfusion.ops.operator import OPERATORS
 from tests import ahead
-from tests.cuda_on_cpu import library
+from tests.cuda_on_cpu import library, sanitize
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(name for name, operator in OPERATORS.items() if "cuda" in operator.backends)
@@ -27,8 +27,12 @@ needs_compiler = pytest.mark.skipif(library.why_not() is not None, reason=str(li
 
 def on_the_host_runtime(*arguments: str) -> ahead.Command:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_ON_CPU_ORDER": "random"}
-    pytest_ = [sys.executable, "-m", "pytest", "-x", "-p", "no:warnings"]
-    command = [*pytest_, "-p", "tests.cuda_on_cpu.library", *arguments]
+    if sanitize.preload() is None:
+        pytest_ = [sys.executable, "-m", "pytest", "-x", "-p", "no:warnings"]
+        command = [*pytest_, "-p", "tests.cuda_on_cpu.library", *arguments]
+    else:
+        module = [sys.executable, "-m", "tests.cuda_on_cpu.sanitize"]
+        command = [*module, "--orders", "random", "--", *arguments]
     return ahead.Command(command, environment)
 
 

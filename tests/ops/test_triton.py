@@ -158,7 +158,7 @@ def test_the_examples_reach_every_table_of_tiles(
     assert {(table.name, key) for table in tables for key in table.tiles} <= reached
 
 
-# With the other architectures it takes the better part of an hour: `make triton-gate`.
+# Each architecture takes 100 s of a core: the others are for `make triton-gate`, beside the tests.
 EVERYWHERE = os.environ.get("FASTFUSION_TRITON_GATE") == "all"
 
 
