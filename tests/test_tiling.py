@@ -282,15 +282,11 @@ def test_a_disk_that_fills(files, capsys, monkeypatch, stage):
 
 
 def test_the_end_came_between_the_result_and_the_folder(files, monkeypatch):
-    remove = shutil.rmtree
-
-    def stop(path, **options):
-        if str(path).endswith(".work"):
-            raise OSError(5, "Input/output error")
-        remove(path, **options)
+    def stop(work):
+        raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiling.shutil, "rmtree", stop)
+        patch.setattr(tiling, "remove", stop)
         with pytest.raises(Unfinished):
             fuse_files(*PLAIN, tile=64)
     before = content("out.zarr")

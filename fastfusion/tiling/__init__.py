@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,7 @@ def fuse_files(
         try:
             run = stack.enter_context(executor(scheduler, workers))
             report = Passes(work, plan, run, progress).run(out)
-            shutil.rmtree(work)
+            remove(work)
             return report
         except KeyboardInterrupt as error:
             raise Unfinished(f"interrupted; {_go_on(work)}") from error

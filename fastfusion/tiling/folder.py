@@ -72,7 +72,10 @@ def load_if_there(path: Path) -> dict[str, Tensor] | None:
 
 
 def remove(work: Path) -> None:
-    """The folder, even while a worker that was told to stop still writes its last tile there."""
+    """The folder, even while a worker that was told to stop still writes its last tile there.
+
+    It is gone at once: of a folder that is half removed some tiles would count as done.
+    """
     gone = work.with_name(f"{work.name}.removed")
     if gone.exists():  # a run was killed while it removed this
         shutil.rmtree(gone)

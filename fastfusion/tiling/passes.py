@@ -184,20 +184,28 @@ class Passes:
         save(self.work / "sensors.npz", moments=moments, srf=srf, boundary=boundary)
 
     def _create(self) -> None:
-        """The empty store that tiles are written to; what a killed run left half written goes."""
-        store = self.work / "result.zarr"
-        if (store / "zarr.json").exists():
-            for left in store.rglob("*.partial"):
-                left.unlink()
-            return
-        shutil.rmtree(store, ignore_errors=True)
+        """The store that tiles are written to; what a killed run left half written goes.
+
+        Its description is made anew each time: one that was damaged since would go on unnoticed.
+        """
+        store, fresh = self.work / "result.zarr", self.work / "fresh.zarr"
+        shutil.rmtree(fresh, ignore_errors=True)
         job = Job(self.work)
         metadata: dict[str, Any] = {
             key: job.msi.metadata[key] for key in ("crs", "transform") if key in job.msi.metadata
         }
         zarr_store.create(
-            store, tuple(self.plan["shape"]), self.plan["chunk"], job.hsi.wavelengths, metadata
+            fresh, tuple(self.plan["shape"]), self.plan["chunk"], job.hsi.wavelengths, metadata
         )
+        if store.exists():
+            for left in store.rglob("*.partial"):
+                left.unlink()
+            (fresh / "zarr.json").replace(store / "zarr.json")
+            shutil.rmtree(fresh)
+        else:
+            # Tiles that are marked as done were in a store that is gone.
+            shutil.rmtree(self.work / "fuse", ignore_errors=True)
+            fresh.rename(store)
 
     def _finish(self, out: Path) -> None:
         """The store takes the output's name, or is copied to another format."""

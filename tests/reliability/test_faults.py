@@ -64,7 +64,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     training.Training._step = dying
 else:
     from tests.reliability.killing import finished
-    print("KEPT", finished(out), file=sys.stderr)
+    sys.stderr.write(f"KEPT {finished(out)}\n")  # in one piece: both write at once
 sys.exit(cli.main(sys.argv[2:]))
 """
 
@@ -252,6 +252,30 @@ def test_a_damaged_checkpoint_is_told(inputs: Path, tmp_path: Path) -> None:
         counted("faults", "damaged checkpoints refused")
     state.write_bytes(whole)
     train(recipe, tmp_path / "out", resume=True)
+
+
+def test_an_end_while_the_finished_work_is_removed(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The marks that are left do not count as tiles of a result that is made anew."""
+    _tiles(inputs, tmp_path / "whole.zarr")
+    remove = shutil.rmtree
+
+    def stop_in_the_middle(path, *arguments, **options):
+        if not Path(path).name.startswith("out.zarr.work"):
+            return remove(path, *arguments, **options)
+        remove(Path(path, "result.zarr"), ignore_errors=True)
+        for mark in sorted(Path(path).rglob("*.npz"))[::2]:
+            mark.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop_in_the_middle)
+        with pytest.raises(Unfinished):
+            _tiles(inputs, tmp_path / "out.zarr")
+    _tiles(inputs, tmp_path / "out.zarr")
+    assert _contents(tmp_path / "out.zarr") == _contents(tmp_path / "whole.zarr")
+    assert not list(tmp_path.glob("out.zarr.work*"))
 
 
 def test_damaged_marks_of_tiles_are_found_out(

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,25 +88,28 @@ def run(part: Part, minutes: float, share: float) -> dict[str, str]:
             command += ["pytest", "-q", "-rsfE", "--timeout", "3600", part.target]
         else:
             command += [part.target, str(max(1, round(100 * share)))]
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # What is started behind an ampersand ignores Ctrl-C, and so would this.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
         try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=60 * minutes,
-            )
+            said, _ = process.communicate(timeout=60 * minutes)
         except subprocess.TimeoutExpired:
+            said = _ended(process)
             tried, tests = _figures(figures)
             outcome = (
                 f"stopped after {minutes:g} minutes: until then {tests.get('passed', 0):.0f} tests "
                 f"passed, {tests.get('failed', 0):.0f} failed"
             )
         else:
-            sys.stdout.write(done.stdout)
-            outcome, tried = _told(part, done, figures)
+            outcome, tried = _told(part, process.returncode, said, figures)
+        sys.stdout.write(said)
     seconds = time.monotonic() - start
     if share != 1:
         tried = f"{share:g} of the long profile: {tried}"
@@ -122,10 +127,20 @@ def today() -> str:
     return f"{datetime.date.today():%d %B %Y}"
 
 
-def _told(part: Part, done: subprocess.CompletedProcess[str], figures: Path) -> tuple[str, str]:
+def _ended(process: subprocess.Popen[str]) -> str:
+    """What a part says that has to end now: pytest reports the failures until then."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
+
+
+def _told(part: Part, status: int, said: str, figures: Path) -> tuple[str, str]:
     """Outcome and what was tried."""
     if not part.target.endswith(".py"):
-        answer = json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else {}
+        answer = json.loads(said.strip().splitlines()[-1]) if said.strip() else {}
         if "skipped" in answer:
             return f"left out: {answer['skipped']}", ""
         tried = (
@@ -136,10 +151,10 @@ def _told(part: Part, done: subprocess.CompletedProcess[str], figures: Path) -> 
             return "failed", tried
         found = "; ".join(answer["errors"][:3])
         return f"failed: {found}" if found else "none but the planted fault", tried
-    failed = re.findall(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
-    skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)$", done.stdout, re.MULTILINE)
+    failed = re.findall(r"^FAILED \S+::(\S+)", said, re.MULTILINE)
+    skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)$", said, re.MULTILINE)
     tried, _ = _figures(figures)
-    outcome = "all good" if done.returncode == 0 else f"failed: {', '.join(failed) or 'no tests'}"
+    outcome = "all good" if status == 0 else f"failed: {', '.join(failed) or 'no tests'}"
     if skipped:
         outcome += f" (left out: {'; '.join(sorted(set(skipped)))})"
     return outcome, tried
