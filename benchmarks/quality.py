@@ -233,7 +233,8 @@ SECTIONS = {
         cofusion,
         "## CoFusion without its parts",
         "The paper's ablation, each module replaced by a residual block, at the budget of each "
-        "row's name: far from a finished training, and single runs.",
+        "row's name: far from a finished training, and single runs. The first network is that of "
+        "the table above, trained another time: so much differs between two runs of the same.",
     ),
     "cross_scale": (
         cross_scale,
