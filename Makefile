@@ -29,7 +29,7 @@ help:
 	@echo "make gpu-check everything that needs a GPU, in eight minutes: docs/performance-gpu.md"
 	@echo "make triton-gate  the Triton kernels compiled for the other architectures than sm_90 (CI)"
 	@echo "make triton-parity  the Triton kernels in float32 with the oldest and the newest Triton (CI)"
-	@echo "make triton-versions  that, and the kernels compiled with both"
+	@echo "make triton-versions  that in every dtype and layout, and the kernels compiled with both"
 	@echo "make triton-sanitize  their parity while every address is checked"
 	@echo "make cuda-gate the CUDA kernels compiled for the other architectures than sm_90; needs nvcc (CI)"
 	@echo "make cuda-sanitize  the CUDA kernels' parity on the CPU, under the address sanitizer, threads in every order"
@@ -128,7 +128,8 @@ triton-gate: $(VENV)/dev.done
 triton-parity: $(VENV)/dev.done
 	$(BIN)/python -m tests.ops.tritons $(TRITONS)
 
-triton-versions: triton-parity
+triton-versions: $(VENV)/dev.done
+	$(BIN)/python -m tests.ops.tritons --full $(TRITONS)
 	@set -e; for version in $(TRITONS); do \
 	  $(BIN)/python -m tests.ops.tritons --fetch-only $$version; \
 	  echo "Triton $$version"; \

@@ -2,8 +2,9 @@
 
 ``python -m tests.ops.tritons 3.6.0 3.9.0`` (``make triton-parity``) fetches each version into
 build/triton-VERSION, unless it is there, and runs with each, side by side, the parity matrix in
-float32 and the tests of SpeCAM's first stage. A version that cannot be fetched is named; what was
-run and is wrong, or was not reached by any test, makes the exit status 1.
+float32 (``--full``: in every dtype, layout and size) and the tests of SpeCAM's first stage. A
+version that cannot be fetched is named; what was run and is wrong, or was not reached by any test,
+makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 INSTALL = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 MATRIX = ("tests/ops/test_parity.py", "-k", "triton and float32")
+FULL_MATRIX = ("tests/ops/test_parity.py", "-k", "triton")
 FIRST_STAGE = (
     "tests/ops/test_haar.py",
     "-k",
@@ -74,7 +76,7 @@ def fetch(version: str) -> str | None:
     return None
 
 
-def start(version: str) -> subprocess.Popen[str]:
+def start(version: str, matrix: Sequence[str]) -> subprocess.Popen[str]:
     """Both runs, one after the other (pytest's -k holds for all files), with a version."""
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
@@ -84,7 +86,7 @@ def start(version: str) -> subprocess.Popen[str]:
     code = (
         "import subprocess, sys, triton\n"
         f"assert triton.__version__ == {version!r}, triton.__version__\n"
-        f"for tests in {(MATRIX, FIRST_STAGE)!r}:\n"
+        f"for tests in {(matrix, FIRST_STAGE)!r}:\n"
         f"    ended = subprocess.run([sys.executable, *{PYTEST!r}, *tests])\n"
         "    if ended.returncode: sys.exit(1)\n"
     )
@@ -110,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("versions", nargs="+")
     parser.add_argument("--fetch-only", action="store_true", help="status 1 where one is not there")
+    parser.add_argument("--full", action="store_true", help="the matrix in every dtype and layout")
     options = parser.parse_args(arguments)
+    matrix, what = (FULL_MATRIX, "in full") if options.full else (MATRIX, "in float32")
     reasons = {version: fetch(version) for version in options.versions}
     for version, reason in reasons.items():
         if reason is not None:
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.fetch_only:
         return int(any(reasons.values()))
     begin = time.monotonic()
-    running = {version: start(version) for version, reason in reasons.items() if reason is None}
+    running = {v: start(v, matrix) for v, reason in reasons.items() if reason is None}
     wrong = False
     for version, process in running.items():
         output, _ = process.communicate()
@@ -131,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(problems), end="\n" if problems else "")
         print(
             f"triton-parity: Triton {version}: {'WRONG' if problems else 'right'}, {passed} tests "
-            f"and {len(reached)} kernels in float32, after {seconds:.0f} s",
+            f"and {len(reached)} kernels {what}, after {seconds:.0f} s",
             flush=True,
         )
         wrong |= bool(problems)
