@@ -8,6 +8,7 @@ compiler has one. ``make cuda-sanitize`` runs it in full, in several orders of t
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def parity() -> ahead.Command:
 def test_parity_on_the_host_runtime() -> None:
     done = ahead.result(parity)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "100%" in done.stdout
+    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-4000:]
 
 
 def beyond_the_matrix() -> ahead.Command:
