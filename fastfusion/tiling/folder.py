@@ -17,6 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Held while arrays are read. NumPy parses the head of each, and Python 3.11 counts one depth of
+#: recursion for the parsers of all threads: two at once end, rarely, in a SystemError.
+READING = threading.RLock()
+
 
 @contextlib.contextmanager
 def work_folder(work: Path, plan: dict[str, Any]) -> Iterator[None]:
@@ -63,7 +67,7 @@ def save(path: Path, **values: Any) -> None:
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    with np.load(path, allow_pickle=False) as file:
+    with READING, np.load(path, allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 

@@ -64,7 +64,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     training.Training._step = dying
 else:
     from tests.reliability.killing import finished
-    sys.stderr.write(f"KEPT {finished(out)}\n")  # in one piece: both write at once
+    sys.stderr.write(f"KEPT {finished(out)}\\n")  # in one piece: both write at once
 sys.exit(cli.main(sys.argv[2:]))
 """
 
