@@ -68,13 +68,15 @@ def _build_script() -> ModuleType:
     return module
 
 
-def runtime(compiler: list[str], name: str) -> str | None:
-    """Where the compiler has a sanitizer's library, e.g. "libasan.so"; None if it has not."""
-    found = subprocess.run(
-        [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    )
-    path = Path(found.stdout.strip())
-    return str(path) if path.is_absolute() else None
+def preload(compiler: list[str], sanitizer: str) -> str | None:
+    """What must be in the process before Python, or None where the compiler has it not."""
+    found = []
+    for name in SANITIZERS[sanitizer][1]:
+        told = subprocess.run(
+            [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        )
+        found.append(Path(told.stdout.strip()))
+    return ":".join(map(str, found)) if all(path.is_absolute() for path in found) else None
 
 
 def show_faults(compiler: list[str]) -> None:
@@ -116,18 +118,15 @@ FOUND = re.compile(r"(AddressSanitizer: |runtime error: |ThreadSanitizer: )(.*)"
 
 def run(sanitizer: str, capability: str, compiler: list[str], library: Path) -> dict[str, str]:
     """The tests with one sanitizer on one instruction set: a row of the table."""
-    preload = []
-    for name in SANITIZERS[sanitizer][1]:
-        path = runtime(compiler, name)
-        if path is None:
-            sys.exit(f"sanitize: {compiler[0]} has no {name}")
-        preload.append(path)
+    libraries = preload(compiler, sanitizer)
+    if libraries is None:
+        sys.exit(f"sanitize: {compiler[0]} has no {' or no '.join(SANITIZERS[sanitizer][1])}")
     environment = {
         **os.environ,
         "FASTFUSION_LIBRARY_DIR": str(library),
         "FASTFUSION_CPU_CAPABILITY": capability,
         "FASTFUSION_BACKEND": "cpp",
-        "LD_PRELOAD": ":".join(preload),
+        "LD_PRELOAD": libraries,
         # Python's own allocations live as long as the process: only writes and reads are judged.
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:alloc_dealloc_mismatch=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",

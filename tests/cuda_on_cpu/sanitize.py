@@ -15,18 +15,17 @@ import sys
 from pathlib import Path
 
 from tests.cuda_on_cpu.library import ROOT, build, build_script
-from tests.sanitize import SANITIZERS, runtime
+from tests.sanitize import SANITIZERS, preload
 
 FLAGS = f"{SANITIZERS['address'][0]} -g1"
 ORDERS = ("forward", "reverse", "random")
 MATRIX = ["tests/ops/test_parity.py", "-k", "cuda and not threads"]
 
 
-def preload() -> str | None:
-    """What must be in the process before Python, or None where the compiler has no sanitizers."""
+def libraries() -> str | None:
+    """What must be in the process before Python, or None where no compiler has the sanitizers."""
     compiler = build_script().find_compiler()
-    found = [compiler and runtime(compiler, name) for name in SANITIZERS["address"][1]]
-    return ":".join(map(str, found)) if all(found) else None
+    return preload(compiler, "address") if compiler else None
 
 
 def main() -> None:
@@ -34,8 +33,8 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS)
     parser.add_argument("tests", nargs="*", metavar="PYTEST ARGUMENT")
     arguments = parser.parse_args()
-    libraries = preload()
-    if libraries is None:
+    before_python = libraries()
+    if before_python is None:
         sys.exit("cuda-sanitize: no C++ compiler with an address sanitizer")
     sanitized = Path(os.environ.get("CUDA_ON_CPU_BUILD", ROOT / "build" / "cuda_on_cpu")) / "asan"
     build(sanitized, FLAGS)  # before the sanitizer is in the compiler's process too
@@ -48,7 +47,7 @@ def main() -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "LD_PRELOAD": libraries,
+        "LD_PRELOAD": before_python,
     }
     if not arguments.tests:
         environment["CUDA_ON_CPU_IN_FULL"] = "1"

@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(library.why_not() is not None, reason=str(li
 
 def on_the_host_runtime(*arguments: str) -> ahead.Command:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_ON_CPU_ORDER": "random"}
-    if sanitize.preload() is None:
+    if sanitize.libraries() is None:
         pytest_ = [sys.executable, "-m", "pytest", "-x", "-p", "no:warnings"]
         command = [*pytest_, "-p", "tests.cuda_on_cpu.library", *arguments]
     else:
