@@ -305,6 +305,26 @@ def test_an_interrupt_says_how_to_go_on(files, monkeypatch, capsys):
     assert fuse_files(*PLAIN, tile=64).found == 9
 
 
+def test_an_interrupt_after_the_result_is_in_place_says_so(files, monkeypatch):
+    fuse_files(*PLAIN, tile=64)
+    whole = content("out.zarr")
+
+    rmtree = shutil.rmtree
+
+    def stop(path, **options):
+        if path.name == "out.zarr.work.removed":
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(Unfinished, match=r"out.zarr is done, and \S*removed is left to remove"):
+            fuse_files(*PLAIN, tile=64)
+    assert content("out.zarr") == whole
+    assert fuse_files(*PLAIN, tile=64).tiles == 9
+    assert not list(Path().glob("out.zarr.work*"))
+
+
 # ------------------------------------------------------------------------------------------------
 # On a cluster
 # ------------------------------------------------------------------------------------------------

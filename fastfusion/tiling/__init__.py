@@ -27,7 +27,7 @@ from fastfusion.fusing import Unavailable
 from fastfusion.ops import checks
 from fastfusion.ops.operator import CHOICES
 from fastfusion.scheduling import executor
-from fastfusion.tiling.folder import remove, work_folder
+from fastfusion.tiling.folder import remove, removed, work_folder
 from fastfusion.tiling.job import job_of
 from fastfusion.tiling.passes import Passes, Report
 from fastfusion.tiling.plan import BASE_MEMORY, check_arguments, make_plan, source_of, tile_bytes
@@ -115,23 +115,25 @@ def fuse_files(
             remove(work)
             return report
         except KeyboardInterrupt as error:
-            raise Unfinished(f"interrupted; {_go_on(work)}") from error
+            raise Unfinished(f"interrupted; {_go_on(work, out)}") from error
         except OSError as error:
             message = error.strerror or str(error)
             if error.errno == errno.ENOSPC:
                 message += "; free some space"
-            raise Unfinished(f"{message}; {_go_on(work)}") from error
+            raise Unfinished(f"{message}; {_go_on(work, out)}") from error
         except (ValueError, TypeError, Unavailable, ImportError):
             if not any((work / "fuse").glob("*.npz")):
                 remove(work)  # it holds nothing worth going on with
             raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise Unfinished(f"{reason}; {_go_on(work)}") from error
+            raise Unfinished(f"{reason}; {_go_on(work, out)}") from error
         finally:
             torch.set_num_threads(threads)
             job_of.cache_clear()
 
 
-def _go_on(work: Path) -> str:
+def _go_on(work: Path, out: Path) -> str:
+    if not work.exists():  # it was being removed
+        return f"{out} is done, and {removed(work)} is left to remove"
     return f"what is done stays in {work}: run the same again to go on"

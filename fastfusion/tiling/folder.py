@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Held while arrays are read. NumPy parses the head of each, and Python 3.11 counts one depth of
-#: recursion for the parsers of all threads: two at once end, rarely, in a SystemError.
-READING = threading.RLock()
+from fastfusion.data.formats.numpy_files import PARSING
 
 
 @contextlib.contextmanager
@@ -67,7 +65,7 @@ def save(path: Path, **values: Any) -> None:
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    with READING, np.load(path, allow_pickle=False) as file:
+    with PARSING, np.load(path, allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
@@ -80,8 +78,13 @@ def remove(work: Path) -> None:
 
     It is gone at once: of a folder that is half removed some tiles would count as done.
     """
-    gone = work.with_name(f"{work.name}.removed")
+    gone = removed(work)
     if gone.exists():  # a run was killed while it removed this
         shutil.rmtree(gone)
     work.rename(gone)
     shutil.rmtree(gone)
+
+
+def removed(work: Path) -> Path:
+    """What the folder is called while it is removed."""
+    return work.with_name(f"{work.name}.removed")

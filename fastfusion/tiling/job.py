@@ -25,7 +25,7 @@ from fastfusion.models.regression import RegressionModel
 from fastfusion.nn.cofusion import SceneMaxima, SpeCAM
 from fastfusion.ops import haar_split2d
 from fastfusion.ops.operator import backend as backend_for_block
-from fastfusion.tiling.folder import READING, load, load_if_there, save
+from fastfusion.tiling.folder import load, load_if_there, save
 from fastfusion.tiling.plan import load_network, psf_from_json, support
 
 
@@ -43,8 +43,7 @@ def run_task(work: str, plan: str, stage: str, index: int) -> None:
 @functools.lru_cache(maxsize=64)
 def job_of(work: str, plan: str, stage: str, thread: int) -> Job:
     """One for each thread: a network's hooks hold what tile it works on."""
-    with READING:  # the images may be .npy files
-        return Job(Path(work))
+    return Job(Path(work))
 
 
 class Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zipfile
 from pathlib import Path
 
@@ -19,17 +20,24 @@ from fastfusion.data.formats.stored import (
 #: Deflate cannot do better; a member that claims more is damaged or made to exhaust memory.
 LARGEST_COMPRESSION = 1032
 
+#: Held while heads of files are parsed, which NumPy leaves to Python's parser: that of Python 3.11
+#: counts one depth of recursion for all threads, and two at once end, rarely, in a SystemError.
+PARSING = threading.RLock()
+
 
 def load_npy(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
     if variable is not None:
         raise ValueError("a .npy file holds one array; leave variable= out")
-    array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles, compares the size
+    with PARSING:
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles, compares the size
     return arrange(array, bands_axis, convention=0)
 
 
 def load_array(path: Path) -> np.ndarray:
     """An array of any shape; ValueError where the file does not hold what its header says."""
-    return np.array(np.lib.format.open_memmap(path, mode="r"))
+    with PARSING:
+        array = np.lib.format.open_memmap(path, mode="r")
+    return np.array(array)
 
 
 def save_npy(path: Path, cube: Cube) -> None:
@@ -38,7 +46,7 @@ def save_npy(path: Path, cube: Cube) -> None:
 
 
 def load_npz(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
-    with zipfile.ZipFile(path) as archive:
+    with PARSING, zipfile.ZipFile(path) as archive:
         shapes, types = {}, {}
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
@@ -49,7 +57,7 @@ def load_npz(path: Path, variable: str | None, bands_axis: int | None) -> Stored
             check_bytes(shape, dtype, room, name)
             shapes[name], types[name] = shape, dtype
     name = pick_variable(shapes, types, variable)
-    with np.load(path, allow_pickle=False) as arrays:
+    with PARSING, np.load(path, allow_pickle=False) as arrays:
         lists = {key: arrays[key] for key in beside(shapes, types, shapes[name])}
         return arrange(arrays[name], bands_axis, convention=0, beside=lists, variable=name)
 
