@@ -27,6 +27,7 @@ help:
 	@echo "make bench     the tables of docs/performance-cpu.md and the page out/bench.html; COMPARE=earlier.json"
 	@echo "make kernels   docs/kernels.md: what the Triton kernels compile to, without a GPU"
 	@echo "make gpu-check everything that needs a GPU, in eight minutes: docs/performance-gpu.md"
+	@echo "make torch-gate  the compiled libraries' sources with the headers of other versions of torch (CI)"
 	@echo "make triton-gate  the Triton kernels compiled for the other architectures than sm_90 (CI)"
 	@echo "make triton-parity  the Triton kernels in float32 with the oldest and the newest Triton (CI)"
 	@echo "make triton-versions  that in every dtype and layout, and the kernels compiled with both"
@@ -138,6 +139,12 @@ triton-versions: $(VENV)/dev.done
 
 triton-sanitize: $(VENV)/dev.done
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:warnings -p tests.ops.bounds tests/ops/test_parity.py -k "triton and (float32 or layout)"
+
+# An installation from source compiles against the torch that is there.
+TORCHES ?= 2.10.0 2.15.0
+.PHONY: torch-gate
+torch-gate: $(VENV)/dev.done
+	$(BIN)/python -m tests.torch_headers $(TORCHES)
 
 .PHONY: cuda-gate cuda-sanitize
 cuda-gate: $(VENV)/dev.done

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,6 +23,11 @@ from build import CannotBuild, build, find_torch, torch_cuda
 
 #: The libraries, and the variable that asks for each; fastfusion/native.py shows their notes.
 KERNELS = {"_C_cpu": "FASTFUSION_CPP", "_C_cuda": "FASTFUSION_CUDA"}
+
+
+#: One library for every Python, but that without the global lock (PEP 703), which has no limited
+#: API: it gets the same library in a wheel for its own version.
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 class BuildKernels(build_ext):
@@ -51,8 +57,8 @@ class BuildKernels(build_ext):
                 objects=Path(self.build_temp) / name,
                 portable=os.environ.get("FASTFUSION_PORTABLE") == "1",
             )
-            assert built == library.resolve(), (built, library)
-            print(f"fastfusion is built with {built.name}", file=sys.stderr)
+            built.rename(library)
+            print(f"fastfusion is built with {library.name}", file=sys.stderr)
         except CannotBuild as error:
             if wish == "1":
                 raise SystemExit(f"{variable}=1, but {error}") from error
@@ -71,9 +77,9 @@ class BuildKernels(build_ext):
 
 setup(
     ext_modules=[
-        Extension(f"fastfusion.{name}", sources=[], py_limited_api=True, optional=True)
+        Extension(f"fastfusion.{name}", sources=[], py_limited_api=LIMITED, optional=True)
         for name in KERNELS
     ],
     cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {},
 )

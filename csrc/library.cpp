@@ -70,7 +70,7 @@ void run_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction functio
 }
 #else
 void run_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
 }
 #endif
 

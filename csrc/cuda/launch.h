@@ -20,7 +20,7 @@ class Stream {
     const int32_t device = x.get_device_index();
     if (device >= 0) guard_.emplace(device);  // the tests' host runtime has none
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t get() const { return stream_; }

@@ -13,7 +13,7 @@ template <size_t N, typename... Arguments>
 std::array<Tensor, N> run(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, std::max(N, sizeof...(Arguments))> stack{
       torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   std::array<Tensor, N> results;
   for (size_t i = 0; i < N; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
   return results;
