@@ -22,6 +22,7 @@ help:
 	@echo "make docs      the documentation, in build/docs/index.html"
 	@echo "make sanitize  the C++ kernels' tests under address, undefined and thread sanitizers"
 	@echo "make torture   the long profile of the reliability tests: docs/reliability.md (hours; SHARE=0.1)"
+	@echo "make free-threaded  the kernels' tests in a Python without the global lock (FREE_THREADED=python3.13t)"
 	@echo "make audit     known vulnerabilities of what is installed (needs a network)"
 	@echo "make quality   the tables and pictures of docs/quality.md, from real scenes"
 	@echo "make bench     the tables of docs/performance-cpu.md and the page out/bench.html; COMPARE=earlier.json"
@@ -145,6 +146,20 @@ TORCHES ?= 2.10.0 2.15.0
 .PHONY: torch-gate
 torch-gate: $(VENV)/dev.done
 	$(BIN)/python -m tests.torch_headers $(TORCHES)
+
+# A Python without the global lock (PEP 703). Its tests are copied, so that what was installed is
+# what is imported; Triton would switch the lock on again.
+FREE_THREADED ?= python3.13t
+FREE = build/free-threaded
+.PHONY: free-threaded
+free-threaded:
+	rm -rf $(FREE)
+	$(FREE_THREADED) -m venv $(FREE)
+	$(FREE)/bin/python -m pip install --quiet --only-binary :all: torch numpy scipy 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'ninja>=1.11'
+	FASTFUSION_CPP=1 FASTFUSION_CUDA=0 $(FREE)/bin/python -m pip install --quiet .
+	cp -r tests csrc pyproject.toml $(FREE)
+	cd $(FREE) && export PYTHON_GIL=0 && bin/python -m pytest tests/ops/test_parity.py tests/reliability/test_properties.py -k 'not triton' \
+	  && FASTFUSION_TORTURE=$(SHARE) bin/python -m pytest tests/reliability/test_concurrency.py
 
 .PHONY: cuda-gate cuda-sanitize
 cuda-gate: $(VENV)/dev.done

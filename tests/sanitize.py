@@ -12,7 +12,6 @@ puts what was run and found into the table that ``make torture`` writes.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import re
@@ -22,8 +21,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import ModuleType
 
+from csrc import build as script
 from tests.reliability import torture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,14 +57,6 @@ FAULTS = {
         "data race",
     ),
 }
-
-
-def _build_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fastfusion_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def preload(compiler: list[str], sanitizer: str) -> str | None:
@@ -192,7 +183,6 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="the page whose table gets the rows")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "sanitize")
     arguments = parser.parse_args()
-    script = _build_script()
     compiler = script.find_compiler()
     if compiler is None:
         sys.exit("sanitize: no C++ compiler")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,20 +17,12 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+
+from csrc import build
+from tests.ops.tritons import BUILD, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build"
 DOWNLOAD = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-
-
-def load_build() -> ModuleType:
-    """csrc/build.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("fastfusion_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def fetch(version: str) -> str | None:
@@ -42,12 +33,9 @@ def fetch(version: str) -> str | None:
     BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         command = [*DOWNLOAD, "--no-cache-dir", "--no-deps", "--only-binary", ":all:"]
-        ended = subprocess.run(
-            [*command, "--dest", folder, f"torch=={version}"], capture_output=True, text=True
-        )
-        if ended.returncode != 0:
-            said = (ended.stderr + ended.stdout).strip().splitlines()
-            return next((line for line in said if "ERROR" in line), said[-1] if said else "no reason")
+        reason = why_not([*command, "--dest", folder, f"torch=={version}"])
+        if reason is not None:
+            return reason
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             headers = [name for name in archive.namelist() if name.startswith("torch/include/")]
@@ -58,7 +46,6 @@ def fetch(version: str) -> str | None:
 
 def commands(headers: Path) -> Iterator[tuple[Path, list[str]]]:
     """Each source that includes torch's headers, and the command that reads it."""
-    build = load_build()
     compiler, nvcc = build.find_compiler(), build.find_nvcc()
     if compiler is None:
         raise SystemExit("torch-gate: no C++ compiler was found")

@@ -8,7 +8,6 @@ further compiler options in ``CUDA_ON_CPU_FLAGS``.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import shlex
 import subprocess
@@ -26,11 +25,9 @@ installed = False
 
 def build_script() -> ModuleType:
     """csrc/build.py."""
-    spec = importlib.util.spec_from_file_location("fastfusion_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from csrc import build  # is not there where an installed package is tested
+
+    return build
 
 
 def why_not() -> str | None:

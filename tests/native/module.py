@@ -15,16 +15,9 @@ from types import ModuleType
 
 import pytest
 
+from csrc import build as script
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-
-
-def _build_script() -> ModuleType:
-    """csrc/build.py, which knows the compiler and the instruction sets' options."""
-    spec = importlib.util.spec_from_file_location("fastfusion_build", CSRC / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _runs_here(capability: str) -> bool:
@@ -42,7 +35,6 @@ def _command(source: Path, capability: str) -> list[str]:
     """How ``source`` is compiled for ``capability``, without the name of what comes out."""
     import pybind11
 
-    script = _build_script()
     return [
         *script.find_compiler(),
         *(flag for flag in script.FLAGS if flag not in ("-Wall", "-Wextra")),
@@ -90,7 +82,6 @@ def _compile(source: Path, capabilities: list[str]) -> None:
 def load(source: Path, capability: str) -> ModuleType:
     """The module that ``source`` defines, compiled for ``capability``; skips where it cannot be."""
     pytest.importorskip("pybind11")
-    script = _build_script()
     if script.find_compiler() is None:
         pytest.skip("no C++ compiler")
     if capability not in script.CAPABILITIES or not _runs_here(capability):

@@ -68,12 +68,19 @@ def fetch(version: str) -> str | None:
         # Its interpreter turns arrays of one element into integers, which NumPy 2.4 refuses.
         wanted.append("numpy==2.2.6")
     command = [*INSTALL, "--no-deps", "--upgrade", "--target", str(target), *wanted]
+    reason = why_not(command)
+    if reason is None:
+        done.touch()
+    return reason
+
+
+def why_not(command: Sequence[str]) -> str | None:
+    """Run pip: None, or the line in which it says why it failed."""
     ended = subprocess.run(command, capture_output=True, text=True)
-    if ended.returncode != 0:
-        said = (ended.stderr + ended.stdout).strip().splitlines()
-        return next((line for line in said if "ERROR" in line), said[-1] if said else "no reason")
-    done.touch()
-    return None
+    if ended.returncode == 0:
+        return None
+    said = (ended.stderr + ended.stdout).strip().splitlines()
+    return next((line for line in said if "ERROR" in line), said[-1] if said else "no reason")
 
 
 def start(version: str, matrix: Sequence[str]) -> subprocess.Popen[str]:

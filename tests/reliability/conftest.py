@@ -15,6 +15,8 @@ def pytest_runtest_logreport(report):
         return
     if report.when == "call" or report.outcome == "failed":
         counted("tests", report.outcome)
+    if report.outcome == "failed":
+        counted("failed", report.nodeid.rpartition("::")[2])
     Path(os.environ["FASTFUSION_TORTURE_FIGURES"]).write_text(json.dumps(FIGURES, indent=1))
 
 

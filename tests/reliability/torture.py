@@ -102,10 +102,9 @@ def run(part: Part, minutes: float, share: float) -> dict[str, str]:
             said, _ = process.communicate(timeout=60 * minutes)
         except subprocess.TimeoutExpired:
             said = _ended(process)
-            tried, tests = _figures(figures)
-            outcome = (
-                f"stopped after {minutes:g} minutes: until then {tests.get('passed', 0):.0f} tests "
-                f"passed, {tests.get('failed', 0):.0f} failed"
+            tried, passed, failed = _figures(figures)
+            outcome = f"stopped after {minutes:g} minutes: until then {passed} tests passed, " + (
+                f"these failed: {', '.join(failed)}" if failed else "none failed"
             )
         else:
             outcome, tried = _told(part, process.returncode, said, figures)
@@ -153,19 +152,19 @@ def _told(part: Part, status: int, said: str, figures: Path) -> tuple[str, str]:
         return f"failed: {found}" if found else "none but the planted fault", tried
     failed = re.findall(r"^FAILED \S+::(\S+)", said, re.MULTILINE)
     skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)$", said, re.MULTILINE)
-    tried, _ = _figures(figures)
+    tried, _, _ = _figures(figures)
     outcome = "all good" if status == 0 else f"failed: {', '.join(failed) or 'no tests'}"
     if skipped:
         outcome += f" (left out: {'; '.join(sorted(set(skipped)))})"
     return outcome, tried
 
 
-def _figures(file: Path) -> tuple[str, dict[str, float]]:
-    """What was counted, in words, and how many tests there were."""
+def _figures(file: Path) -> tuple[str, int, list[str]]:
+    """What was counted, in words, how many tests passed and the names of those that failed."""
     told = json.loads(file.read_text()) if file.exists() else {}
-    tests = told.pop("tests", {})
+    passed, failed = told.pop("tests", {}).get("passed", 0), list(told.pop("failed", {}))
     words = [f"{n:,.0f} {thing}" for things in told.values() for thing, n in things.items()]
-    return "; ".join(words), tests
+    return "; ".join(words), round(passed), failed
 
 
 def table(rows: list[dict[str, str]]) -> str:
