@@ -51,7 +51,7 @@ def commands(headers: Path) -> Iterator[tuple[Path, list[str]]]:
         raise SystemExit("torch-gate: no C++ compiler was found")
     include = [*build.TORCH_FLAGS[1:], "-isystem", str(headers)]
     for source in [build.SOURCES / "library.cpp", *sorted(build.SOURCES.glob("bindings/*.cpp"))]:
-        yield source, [*compiler, *build.FLAGS, *include, "-Werror", "-fsyntax-only", str(source)]
+        yield source, [*compiler, *build.FLAGS, *include, "-fsyntax-only", str(source)]
     if nvcc is None:
         print("torch-gate: NOT TESTED, the CUDA sources: nvcc was not found")
         return
