@@ -246,6 +246,11 @@ def _latent(operator: str) -> Callable[[], st.SearchStrategy[Case]]:
             "fundamental": draw(st.sampled_from([math.pi, math.pi / 12, 0.5])),
             "squash": draw(st.booleans()),
         }
+        # The keys' bias shifts all scores of a token alike: its gradient is 0. Where there is one
+        # score, as every patch has one pixel, so is that of the keys' weights.
+        zero = {"key_bias": "key_weight"}
+        if min(ph, size[2]) * min(pw, size[3]) == 1:
+            zero = {"key_bias": "value_bias", "key_weight": "value_weight"}
         shapes, options = {
             "latent_operator": (
                 {**x, **prompts, **keys, **query, **series},
@@ -261,8 +266,7 @@ def _latent(operator: str) -> Callable[[], st.SearchStrategy[Case]]:
             shapes,
             lambda t, b: getattr(ops, operator)(**t, **options, backend=b),
             images=tuple(name for name in ("x", "latents") if name in shapes),
-            # The keys' bias shifts all scores of a token alike: its gradient is 0.
-            scale_of={"key_bias": "key_weight"} if "key_bias" in shapes else {},
+            scale_of=zero if "key_bias" in shapes else {},
             bounds=(1e-5, 5e-5),
         )
 

@@ -33,6 +33,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 elif library.installed:
     BACKENDS = ["cuda"]
 SLOW = BACKENDS[0] in ("triton", "cuda")  # these compute in float32
+#: Of the long profile's draws; here kernels run value by value.
+LONG = {"triton": 0.05, "cuda": 0.5}.get(BACKENDS[0], 1)
 HALF = (torch.float16, torch.bfloat16)
 SEEDS = st.integers(0, 2**31)
 
@@ -84,19 +86,26 @@ class Truth:
 
     def check(self, name: str, found: Tensor) -> None:
         exact = self.exact[name]
-        output = name.startswith("output")
         if self.dtype == torch.float64:
             bound = 1e-12
         elif self.dtype == torch.float32:
-            bound = self.case.bounds[not output]
+            bound = self.case.bounds[name.startswith("gradient")]
         else:
+            # PyTorch may be right to the last bit in one draw; nobody has to be in all.
+            bound = torch.finfo(self.dtype).eps
+        if relative_error(found, exact) <= bound:
+            return
+        if self.dtype != torch.float64:
             if self._plain is None:
                 self._plain = _named(*run(self.case, self._tensors, "reference", self.dtype))
-            plain = relative_error(self._plain[name], exact, self.scale(name))
-            # PyTorch may be right to the last bit in one draw; nobody has to be in all.
-            bound = max(1.5 * plain, torch.finfo(self.dtype).eps)
-        if relative_error(found, exact) > bound:
-            assert_close(found, exact, bound, name, self.scale(name))
+            plain = 1.5 * relative_error(self._plain[name], exact, self.scale(name))
+            if self.dtype == torch.float32 and plain > bound:
+                # Differences of nearly equal numbers, of which float32 has no more digits: the
+                # gradient behind a softmax over tokens that are nearly one another's equals.
+                counted("properties", "values in which PyTorch's own float32 misses the bound")
+                plain = min(plain, 20 * bound)
+            bound = max(bound, plain)
+        assert_close(found, exact, bound, name, self.scale(name))
 
 
 def _named(outputs: tuple[Tensor, ...], grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +121,7 @@ def test_parity(operator: str, backend: str) -> None:
     if SLOW:
         dtypes.remove(torch.float64)
 
-    @settings(max_examples=effort(9, 300 if not SLOW else 15))
+    @settings(max_examples=effort(9, round(LONG * 300)))
     @given(CALLS[operator], st.sampled_from(dtypes), SEEDS, st.data())
     def holds(case: Case, dtype: torch.dtype, seed: int, data: st.DataObject) -> None:
         tensors = {name: value.to(dtype) for name, value in case.tensors(seed).items()}
@@ -146,7 +155,7 @@ def test_linearity(operator: str, backend: str) -> None:
         )
     )
 
-    @settings(max_examples=effort(8, 100 if not SLOW else 8))
+    @settings(max_examples=effort(8, round(LONG * 100)))
     @given(linear, SEEDS, st.floats(-4, 4), st.floats(-4, 4))
     def holds(case: Case, seed: int, a: float, b: float) -> None:
         x, y = ({n: t.to(dtype) for n, t in case.tensors(s).items()} for s in (seed, seed + 1))
@@ -169,7 +178,7 @@ def test_haar_gives_back_the_image_and_keeps_its_energy(backend: str) -> None:
     skip_unless_built(backend)
     dtype, bound = (torch.float64, 1e-13) if not SLOW else (torch.float32, 1e-6)
 
-    @settings(max_examples=effort(15, 300 if not SLOW else 15))
+    @settings(max_examples=effort(15, round(LONG * 300)))
     @given(st.data(), SEEDS)
     def holds(data: st.DataObject, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -194,7 +203,7 @@ def test_haar_gives_back_the_image_and_keeps_its_energy(backend: str) -> None:
 def test_order_of_the_batch_and_layout_change_nothing(operator: str, backend: str) -> None:
     skip_unless_built(backend)
 
-    @settings(max_examples=effort(6, 100 if not SLOW else 5))
+    @settings(max_examples=effort(6, round(LONG * 100)))
     @given(CALLS[operator], SEEDS, st.data())
     def holds(case: Case, seed: int, data: st.DataObject) -> None:
         tensors = {name: value.float() for name, value in case.tensors(seed).items()}
