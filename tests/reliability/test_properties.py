@@ -34,7 +34,7 @@ elif library.installed:
     BACKENDS = ["cuda"]
 SLOW = BACKENDS[0] in ("triton", "cuda")  # these compute in float32
 #: Of the long profile's draws; here kernels run value by value.
-LONG = {"triton": 0.05, "cuda": 0.5}.get(BACKENDS[0], 1)
+LONG = {"triton": 0.01, "cuda": 0.1}.get(BACKENDS[0], 1)
 HALF = (torch.float16, torch.bfloat16)
 SEEDS = st.integers(0, 2**31)
 
@@ -121,7 +121,7 @@ def test_parity(operator: str, backend: str) -> None:
     if SLOW:
         dtypes.remove(torch.float64)
 
-    @settings(max_examples=effort(9, round(LONG * 300)))
+    @settings(max_examples=effort(9, round(LONG * 1500)))
     @given(CALLS[operator], st.sampled_from(dtypes), SEEDS, st.data())
     def holds(case: Case, dtype: torch.dtype, seed: int, data: st.DataObject) -> None:
         tensors = {name: value.to(dtype) for name, value in case.tensors(seed).items()}
@@ -155,7 +155,7 @@ def test_linearity(operator: str, backend: str) -> None:
         )
     )
 
-    @settings(max_examples=effort(8, round(LONG * 100)))
+    @settings(max_examples=effort(8, round(LONG * 500)))
     @given(linear, SEEDS, st.floats(-4, 4), st.floats(-4, 4))
     def holds(case: Case, seed: int, a: float, b: float) -> None:
         x, y = ({n: t.to(dtype) for n, t in case.tensors(s).items()} for s in (seed, seed + 1))
@@ -178,7 +178,7 @@ def test_haar_gives_back_the_image_and_keeps_its_energy(backend: str) -> None:
     skip_unless_built(backend)
     dtype, bound = (torch.float64, 1e-13) if not SLOW else (torch.float32, 1e-6)
 
-    @settings(max_examples=effort(15, round(LONG * 300)))
+    @settings(max_examples=effort(15, round(LONG * 1500)))
     @given(st.data(), SEEDS)
     def holds(data: st.DataObject, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -203,7 +203,7 @@ def test_haar_gives_back_the_image_and_keeps_its_energy(backend: str) -> None:
 def test_order_of_the_batch_and_layout_change_nothing(operator: str, backend: str) -> None:
     skip_unless_built(backend)
 
-    @settings(max_examples=effort(6, round(LONG * 100)))
+    @settings(max_examples=effort(6, round(LONG * 500)))
     @given(CALLS[operator], SEEDS, st.data())
     def holds(case: Case, seed: int, data: st.DataObject) -> None:
         tensors = {name: value.float() for name, value in case.tensors(seed).items()}
@@ -239,7 +239,7 @@ def test_gradients_are_what_finite_differences_say(operator: str, backend: str) 
     # Where saliencies tie, any step changes which coordinates are kept.
     decided = CALLS[operator].filter(lambda case: "tiesTrue" not in case.label)
 
-    @settings(max_examples=effort(5, 60))
+    @settings(max_examples=effort(5, 300))
     @given(decided, SEEDS)
     def holds(case: Case, seed: int) -> None:
         torch.manual_seed(seed % 2**31)  # gradcheck draws its directions
