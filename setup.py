@@ -25,8 +25,8 @@ from build import CannotBuild, build, find_torch, torch_cuda
 KERNELS = {"_C_cpu": "FASTFUSION_CPP", "_C_cuda": "FASTFUSION_CUDA"}
 
 
-#: One library for every Python, but that without the global lock (PEP 703), which has no limited
-#: API: it gets the same library in a wheel for its own version.
+#: One library for every Python, but those without the global lock (PEP 703), which have no limited
+#: API to 3.14: they get the same library in a wheel for their own version.
 LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
