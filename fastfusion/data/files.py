@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,10 +28,8 @@ from fastfusion._optional import need
 from fastfusion.data.atomic import atomic_path, check_place
 from fastfusion.data.cube import Cube, check_cube_array
 from fastfusion.data.formats import envi, geotiff, matlab, numpy_files, png_bands, zarr_store
-from fastfusion.data.formats.stored import Stored, check_bytes
+from fastfusion.data.formats.stored import Stored, check_bytes, one_line, reading
 from fastfusion.ops import checks
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -186,12 +184,12 @@ def write_cube(path: str | os.PathLike[str], cube: Cube) -> None:
         except ImportError:
             raise
         except OSError as error:
-            message = f"cannot write {path}: {_one_line(error)}"
+            message = f"cannot write {path}: {one_line(error)}"
             if error.errno is None:  # some libraries lose it
                 raise OSError(errno.EIO, f"{message} (is the disk full?)") from error
             raise OSError(error.errno, message) from error
         except Exception as error:  # the libraries raise nearly anything
-            raise ValueError(f"cannot write {path}: {_one_line(error)}") from error
+            raise ValueError(f"cannot write {path}: {one_line(error)}") from error
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
@@ -221,39 +219,6 @@ def _format_of_existing(path: Path) -> _Format:
     if path.suffix.lower() not in _BY_SUFFIX:
         raise ValueError(f"{path.suffix!r} is not one of {_KNOWN}")
     return _BY_SUFFIX[path.suffix.lower()]
-
-
-def reading(path: Path, action: Callable[[], _Result]) -> _Result:
-    """Run a reader and turn whatever its libraries raise into one line that names the file."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if not os.access(path, os.R_OK):
-        raise PermissionError(f"no permission to read {path}")
-    try:
-        return action()
-    except ImportError:
-        raise
-    except MemoryError as error:
-        raise ValueError(f"{path} needs more memory than there is; see open_cube") from error
-    except FileNotFoundError as error:  # of a companion, such as an ENVI data file
-        raise FileNotFoundError(f"cannot read {path}: {_one_line(error)}") from error
-    except OSError as error:
-        # Parsers of damaged files raise it with no error number, or seek to nonsense places.
-        if error.errno in (None, errno.EINVAL):
-            raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
-        raise OSError(error.errno, f"cannot read {path}: {_one_line(error)}") from error
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
-    except Exception as error:  # parsers of damaged files raise nearly anything
-        damage = f"{type(error).__name__}: {_one_line(error)}"
-        raise ValueError(
-            f"cannot read {path}: it is damaged, or not of this format ({damage})"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(message.split()) or type(error).__name__
 
 
 def _check_scale(scale: float | Literal["auto"] | None) -> None:

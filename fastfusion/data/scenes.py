@@ -15,8 +15,9 @@ import numpy as np
 
 from fastfusion.data.cube import Cube
 from fastfusion.data.demo import demo_scene
-from fastfusion.data.files import read_cube, reading
+from fastfusion.data.files import read_cube
 from fastfusion.data.formats.matlab import load_arrays
+from fastfusion.data.formats.stored import reading
 from fastfusion.ops import checks
 
 REPOSITORY = Path(__file__).resolve().parents[2]

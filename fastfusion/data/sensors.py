@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfusion.data.cube import real_numbers
-from fastfusion.data.files import reading
 from fastfusion.data.formats.matlab import load_first
 from fastfusion.data.formats.numpy_files import load_array
+from fastfusion.data.formats.stored import reading
 from fastfusion.ops import checks
 
 __all__ = [

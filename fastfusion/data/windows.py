@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfusion.data.files import open_stored, reading
+from fastfusion.data.files import open_stored
+from fastfusion.data.formats.stored import reading
 
 
 class Windows:

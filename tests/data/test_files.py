@@ -946,3 +946,23 @@ def test_an_interruption_in_the_middle_leaves_what_was_there(
         )
     else:
         assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("name", "victim"), [("a.zarr", "a.zarr/c/0/0/0"), ("a.tif", "a.tif")])
+def test_damaged_values_are_told_once_with_the_file(tmp_path, name, victim):
+    write_cube(tmp_path / name, Cube(np.random.default_rng(0).random((3, 40, 30))))
+    opened = open_cube(tmp_path / name).data
+    values = bytearray((tmp_path / victim).read_bytes())
+    (tmp_path / victim).write_bytes(values[: len(values) // 2])
+    for read in (lambda: opened[:], lambda: read_cube(tmp_path / name)):
+        with pytest.raises(ValueError, match=f"^cannot read .*{name}") as told:
+            read()
+        assert str(told.value).count("cannot read") == 1
+
+
+def test_an_opened_zarr_store_is_a_sequence_of_bands(tmp_path):
+    values = np.random.default_rng(0).random((3, 4, 5))
+    write_cube(tmp_path / "a.zarr", Cube(values))
+    opened = open_cube(tmp_path / "a.zarr").data
+    assert np.array_equal(np.stack(list(opened)), values)
+    assert np.array_equal(opened[-1], values[-1])

@@ -159,7 +159,7 @@ def test_mutated_files(place: Path, reader: Reader, part: str) -> None:
     kind, name, victim = FORMATS[part]
     whole = (place / victim).read_bytes()
 
-    @settings(max_examples=effort(20, 400))
+    @settings(max_examples=effort(20, 2000))
     @given(mutations(whole, part in TEXT))
     def holds(data: bytes) -> None:
         (place / victim).write_bytes(data)
@@ -279,6 +279,7 @@ LIES = {
     "lie.mat": ("cube", _hdf5),
     "lie.zarr": ("cube", _zarr),
     "lie-chunk.zarr": ("cube", _zarr_chunk),
+    "lie-chunk-open.zarr": ("open", _zarr_chunk),
     "lie.tif": ("cube", _tiff),
     "lie": ("cube", _png),
     "lie.hdr": ("cube", _envi),

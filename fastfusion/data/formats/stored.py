@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from fastfusion.data.cube import check_cube_array
 WAVELENGTH_NAMES = ("wavelengths", "wavelength", "wavelengths_nm", "wavelength_nm", "wl")
 #: Metadata that tells how a file was read, and says nothing about a copy of it.
 READING_KEYS = {"source", "format", "stored_dtype", "variable", "bands_axis", "divided_by"}
+
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -170,3 +173,38 @@ def reserve(path: Path, size: int) -> None:
     """
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
+
+
+def reading(path: Path, action: Callable[[], _Result]) -> _Result:
+    """Run a reader and turn whatever its libraries raise into one line that names the file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"no permission to read {path}")
+    try:
+        return action()
+    except ImportError:
+        raise
+    except MemoryError as error:
+        raise ValueError(f"{path} needs more memory than there is; see open_cube") from error
+    except FileNotFoundError as error:  # of a companion, such as an ENVI data file
+        raise FileNotFoundError(f"cannot read {path}: {one_line(error)}") from error
+    except OSError as error:
+        # Parsers of damaged files raise it with no error number, or seek to nonsense places.
+        if error.errno in (None, errno.EINVAL):
+            raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+        raise OSError(error.errno, f"cannot read {path}: {one_line(error)}") from error
+    except ValueError as error:
+        if str(error).startswith(f"cannot read {path}: "):  # values that are read in pieces say so
+            raise
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+    except Exception as error:  # parsers of damaged files raise nearly anything
+        damage = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(
+            f"cannot read {path}: it is damaged, or not of this format ({damage})"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(message.split()) or type(error).__name__

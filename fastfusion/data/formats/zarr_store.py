@@ -20,6 +20,7 @@ from fastfusion.data.formats.stored import (
     beside,
     check_bytes,
     pick_variable,
+    reading,
 )
 
 #: Pixels along a chunk's side: 2 MB for 31 float32 bands, so that a tile of a scene touches little.
@@ -52,10 +53,28 @@ def load(path: Path, variable: str | None, bands_axis: int | None) -> Stored:
             "copy it anew"
         )
     metadata = {"variable": variable} if variable else {}
-    stored = arrange(_decodable(array), bands_axis, convention=0, beside=attributes, **metadata)
+    values = _Values(path, _decodable(array))
+    check_bytes(array.chunks, array.dtype, _room(array), "a chunk")
+    stored = arrange(values, bands_axis, convention=0, beside=attributes, **metadata)
     stored.room = _room(array)
     stored.metadata = {**attributes.get("metadata", {}), **stored.metadata}
     return stored
+
+
+class _Values:
+    """An array in a store, read when sliced; an error names the store."""
+
+    def __init__(self, path: Path, array: Any) -> None:
+        self.path, self.array = path, array
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        if isinstance(key, int) and not -self.shape[0] <= key < self.shape[0]:
+            raise IndexError(f"{key} is not one of {self.shape[0]}")  # ends a loop over the values
+        return reading(self.path, lambda: self.array[key])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[...].astype(self.dtype if dtype is None else dtype, copy=False)
 
 
 def _room(array: Any) -> int:
