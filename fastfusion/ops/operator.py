@@ -27,7 +27,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._C._functorch import (
+    get_single_level_autograd_function_allowed,
+    set_single_level_autograd_function_allowed,
+)
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
@@ -695,8 +698,14 @@ def _autograd_kernel(
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             return definition(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            with enable_single_level_autograd_function():
+            # torch._functorch.utils.enable_single_level_autograd_function, without its generator:
+            # Ctrl-C as that is entered ends in an UnboundLocalError.
+            earlier = get_single_level_autograd_function_allowed()
+            try:
+                set_single_level_autograd_function_allowed(True)
                 return Node.apply(keyset, *args)  # type: ignore[attr-defined]
+            finally:
+                set_single_level_autograd_function_allowed(earlier)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
