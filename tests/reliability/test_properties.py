@@ -100,10 +100,11 @@ class Truth:
                 self._plain = _named(*run(self.case, self._tensors, "reference", self.dtype))
             plain = 1.5 * relative_error(self._plain[name], exact, self.scale(name))
             if self.dtype == torch.float32 and plain > bound:
-                # Differences of nearly equal numbers, of which float32 has no more digits: the
-                # gradient behind a softmax over tokens that are nearly one another's equals.
-                counted("properties", "values in which PyTorch's own float32 misses the bound")
-                plain = min(plain, 20 * bound)
+                # Differences of nearly equal numbers, of which float32 has no more digits: a
+                # gradient behind a softmax over nearly equal tokens, or summed over a spectrum.
+                # PyTorch's worst was 2.3 bounds (docs/reliability.md), of which this allows 3.5.
+                counted("properties", "values in which 1.5 times PyTorch's error is over the bound")
+                plain = min(plain, 5 * bound)
             bound = max(bound, plain)
         assert_close(found, exact, bound, name, self.scale(name))
 

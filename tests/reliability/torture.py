@@ -150,9 +150,8 @@ def _told(part: Part, status: int, said: str, figures: Path) -> tuple[str, str]:
             return "failed", tried
         found = "; ".join(answer["errors"][:3])
         return f"failed: {found}" if found else "none but the planted fault", tried
-    failed = re.findall(r"^FAILED \S+::(\S+)", said, re.MULTILINE)
     skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)$", said, re.MULTILINE)
-    tried, _, _ = _figures(figures)
+    tried, _, failed = _figures(figures)
     outcome = "all good" if status == 0 else f"failed: {', '.join(failed) or 'no tests'}"
     if skipped:
         outcome += f" (left out: {'; '.join(sorted(set(skipped)))})"
